@@ -1,0 +1,70 @@
+# mocbench: `make sweep` measures, `make test` tests; `make help` lists the rest.
+#
+#   SWEEP=sweeps/x.yaml   another sweep            DATA=files:/my/corpus/*.jsonl   another text corpus
+#   ARGS="--retry failed" more options for the verb
+#   PYTHON=python3        use this interpreter as it stands; nothing is created or installed
+
+VENV := .venv
+ifdef PYTHON
+  PY := $(PYTHON)
+  READY :=
+else
+  PY := $(VENV)/bin/python
+  READY := $(VENV)/.ready
+endif
+BASE_PYTHON ?= $(shell command -v python3.11 >/dev/null 2>&1 && python3.11 -c '' >/dev/null 2>&1 && echo python3.11 || echo python3)
+
+SWEEP ?=
+DATA ?=
+ARGS ?=
+MOCBENCH := $(PY) -m harness
+RUN_OPTIONS := $(SWEEP) $(if $(DATA),--data '$(DATA)') $(ARGS)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup sweep plan status report dashboard test test-gpu lint format clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY) ## create .venv and install the tested versions (done by the other targets when needed)
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@$(BASE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "mocbench needs Python 3.11 or newer; $(BASE_PYTHON) is $$($(BASE_PYTHON) -V 2>&1). Name one: make BASE_PYTHON=python3.12 ..."; exit 2; }
+	@test -x $(VENV)/bin/python || $(BASE_PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+sweep: $(READY) ## measure: sweeps/quick.yaml without a GPU, sweeps/h100_first.yaml with one, or SWEEP=...
+	$(MOCBENCH) run $(RUN_OPTIONS)
+
+plan: $(READY) ## print what `make sweep` would run; nothing runs
+	$(MOCBENCH) plan $(RUN_OPTIONS)
+
+status: $(READY) ## what is measured, what is missing, what failed
+	$(MOCBENCH) status $(SWEEP)
+
+report: $(READY) ## write the tables, plots and report of SWEEP again from its rows
+	$(MOCBENCH) report $(SWEEP)
+
+dashboard: $(READY) ## open the Optuna dashboard on the study of SWEEP (loopback only)
+	$(MOCBENCH) dashboard $(SWEEP)
+
+test: $(READY) ## run the tests
+	$(PY) -m pytest $(ARGS)
+
+test-gpu: $(READY) ## run only the tests that need a GPU
+	$(PY) -m pytest -m gpu $(ARGS)
+
+lint: $(READY) ## check style and types
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+format: $(READY) ## put the code into the project's format
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+
+clean: ## remove the environment and caches; results stay
+	rm -rf $(VENV) .pytest_cache .hypothesis .mypy_cache .ruff_cache build *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
