@@ -1,0 +1,222 @@
+"""The registry of methods: what a row of a comparison runs, and what it is able to run.
+
+A method is a name of `METHODS` or `package.module:factory`, so that anybody's feed-forward network can be
+judged by the same rules without touching this package. The part after the colon names either
+
+- a `Method` (a module attribute), taken as it stands, or
+- a callable `factory(shape: FfnShape, selection: Selection | None) -> nn.Module`. The module maps
+  x [..., d_model] to [..., d_model] and has the parameters `w_gate`, `w_up` and `w_down`, each [d_ffn,
+  d_model] (channel-major), which are filled with the same values as every rival's. Attributes of the factory
+  may say more: `takes_selection` (default False: it is dense as to selection, measured once and checked
+  against the dense reference; True: it must follow the selection rule and is checked against the
+  Mixture-of-Channels reference), `is_dense` (default False; True: an exact dense network, which may be the
+  baseline of a speed-up) and `compile` (default False).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from moc.compact import n_words
+from moc.config import FfnShape, near_miss
+from moc.layers import ActPruneFFN, DenseFFN, DenseGuFFN, MoCFFN, RecomputeFFN
+from moc.reference import (
+    FfnGrads,
+    act_prune_forward_backward,
+    dense_forward_backward,
+    moc_forward_backward,
+)
+from moc.selection import Selection
+
+ALL_DTYPES = frozenset({"fp64", "fp32", "fp16", "bf16"})
+ALL_DEVICES = frozenset({"cpu", "cuda"})
+
+Reference = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, "Selection | None"], FfnGrads]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to compute a feed-forward network, with what it is able to do."""
+
+    name: str
+    make: Callable[[FfnShape, Selection | None], nn.Module]  # the layer; parameters w_gate, w_up, w_down
+    is_dense: bool  # exact dense SwiGLU, so it may be the best dense method of a comparison
+    takes_selection: bool  # False: the selection of a point is ignored and the method measured once
+    compile: bool  # goes through torch.compile on CUDA: the whole model, or the bare layer
+    reference: Reference  # (x, w_gate, w_up, w_down, dy, selection) -> the truth it is checked against
+    dtypes: frozenset[str] = ALL_DTYPES
+    device_types: frozenset[str] = ALL_DEVICES
+    backward: bool = True  # can be trained
+    decode: bool = True  # can generate token by token
+    # (shape, k, itemsize) -> bytes kept per token between forward and backward, x included and weights not;
+    # None: not known by formula
+    saved_bytes_per_token: Callable[[FfnShape, int, int], float] | None = None
+
+    def compiles_on(self, device_type: str) -> bool:
+        """Whether torch.compile is applied on this device.
+
+        Never on the CPU: there inductor would need a C++ compiler, which a bare machine has not.
+        """
+        return self.compile and device_type == "cuda"
+
+    def unsupported_reason(
+        self, shape: FfnShape, selection: Selection | None, dtype: str, device_type: str
+    ) -> str | None:
+        """Why this method cannot run such a point, in one line; None if it can.
+
+        `dtype` is one of fp64, fp32, fp16, bf16; `device_type` is cpu or cuda.
+        """
+        if dtype not in self.dtypes:
+            return f"method {self.name} does not support dtype {dtype}; {near_miss(dtype, self.dtypes)}"
+        if device_type not in self.device_types:
+            valid = near_miss(device_type, self.device_types)
+            return f"method {self.name} does not run on {device_type}; {valid}"
+        if not self.takes_selection:
+            return None
+        if selection is None:
+            return f"method {self.name} needs a selection, such as topk:0.1875"
+        try:
+            selection.k(shape.d_ffn)
+        except ValueError as error:
+            return f"method {self.name}: {error}"
+        return None
+
+
+def get_method(name: str) -> Method:
+    """The method `name`: one of METHODS, or `package.module:factory` (see the module's docstring).
+
+    Raises ValueError, in one line: an unknown name (with the nearest one), a module that cannot be imported,
+    a missing attribute, or an attribute that is neither a Method nor callable.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    module_name, colon, attribute = name.partition(":")
+    if not colon:
+        raise ValueError(
+            f"unknown method {name!r}; {near_miss(name, METHODS)}; or package.module:factory for one's own"
+        )
+    if not module_name or not attribute:
+        raise ValueError(f"method {name!r}: expected package.module:factory")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ValueError(f"method {name!r}: cannot import {module_name}: {error}") from error
+    factory = getattr(module, attribute, None)
+    if factory is None:
+        public = [
+            key
+            for key, value in vars(module).items()
+            if isinstance(value, Method) or (callable(value) and value.__module__ == module_name)
+        ]
+        raise ValueError(
+            f"method {name!r}: {module_name} has no {attribute!r}; {near_miss(attribute, public)}"
+        )
+    if isinstance(factory, Method):
+        return factory
+    if not callable(factory):
+        raise ValueError(
+            f"method {name!r}: {attribute} is a {type(factory).__name__}, expected a Method or a callable "
+            "(shape, selection) -> nn.Module"
+        )
+    takes_selection = bool(getattr(factory, "takes_selection", False))
+    return Method(
+        name=name,
+        make=factory,
+        is_dense=bool(getattr(factory, "is_dense", False)),
+        takes_selection=takes_selection,
+        compile=bool(getattr(factory, "compile", False)),
+        reference=_moc_reference if takes_selection else _dense_reference,
+    )
+
+
+def _dense_reference(
+    x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, dy: Tensor, _selection: Selection | None
+) -> FfnGrads:
+    return dense_forward_backward(x, w_gate, w_up, w_down, dy)
+
+
+def _moc_reference(
+    x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, dy: Tensor, selection: Selection | None
+) -> FfnGrads:
+    return moc_forward_backward(x, w_gate, w_up, w_down, dy, _required(selection))
+
+
+def _act_prune_reference(
+    x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, dy: Tensor, selection: Selection | None
+) -> FfnGrads:
+    return act_prune_forward_backward(x, w_gate, w_up, w_down, dy, _required(selection))
+
+
+def _required(selection: Selection | None) -> Selection:
+    if selection is None:
+        raise ValueError("this method needs a selection, such as topk:0.1875")
+    return selection
+
+
+def _compact_bytes(shape: FfnShape, k: int, itemsize: int) -> float:
+    return (shape.d_model + 2 * k) * itemsize + 4 * n_words(shape.d_ffn)
+
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method(
+            name="dense",
+            make=lambda shape, _selection: DenseFFN(shape),
+            is_dense=True,
+            takes_selection=False,
+            compile=False,
+            reference=_dense_reference,
+            saved_bytes_per_token=lambda shape, _k, size: (shape.d_model + 4 * shape.d_ffn) * size,
+        ),
+        Method(
+            name="dense_compiled",
+            make=lambda shape, _selection: DenseFFN(shape),
+            is_dense=True,
+            takes_selection=False,
+            compile=True,
+            reference=_dense_reference,
+            device_types=frozenset({"cuda"}),  # elsewhere nothing is compiled, so it would be `dense` again
+        ),
+        Method(
+            name="dense_recompute",
+            make=lambda shape, _selection: RecomputeFFN(shape),
+            is_dense=True,
+            takes_selection=False,
+            compile=True,
+            reference=_dense_reference,
+            saved_bytes_per_token=lambda shape, _k, size: shape.d_model * size,
+        ),
+        Method(
+            name="dense_gu",
+            make=lambda shape, _selection: DenseGuFFN(shape),
+            is_dense=True,
+            takes_selection=False,
+            compile=True,
+            reference=_dense_reference,
+            saved_bytes_per_token=lambda shape, _k, size: (shape.d_model + 2 * shape.d_ffn) * size,
+        ),
+        Method(
+            name="moc_reference",
+            make=lambda shape, selection: MoCFFN(shape, _required(selection)),
+            is_dense=False,
+            takes_selection=True,
+            compile=True,
+            reference=_moc_reference,
+            saved_bytes_per_token=_compact_bytes,
+        ),
+        Method(
+            name="act_prune",
+            make=lambda shape, selection: ActPruneFFN(shape, _required(selection)),
+            is_dense=False,
+            takes_selection=True,
+            compile=True,
+            reference=_act_prune_reference,
+            saved_bytes_per_token=_compact_bytes,
+        ),
+    )
+}
