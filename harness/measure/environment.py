@@ -1,0 +1,122 @@
+"""What the numbers were measured on and with: a record per machine and software state, joined by `env_id`."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from harness.measure.clocks import open_nvml
+
+_ROOT = Path(__file__).resolve().parents[2]
+
+
+def environment_record(device: str) -> dict[str, Any]:
+    """The environment of measurements on `device` ("cpu" or "cuda"), as JSON values; unknown is None.
+
+    `env_id` is a hash of all the rest, so equal environments share it and any change shows. Host names, user
+    names and paths are not part of it, and the GPU's serial identity only as a hash.
+    """
+    record: dict[str, Any] = {
+        "device": device,
+        "device_name": device_name(device),
+        "python": platform.python_version(),
+        "os": f"{platform.system()} {platform.machine()}",
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "numpy": _version("numpy"),
+        "scipy": _version("scipy"),
+        "cpu_model": _cpu_model(),
+        "cpu_cores": _cores(),
+        "torch_threads": torch.get_num_threads(),
+        "ram_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        **_git(),
+        **(_gpu() if device == "cuda" else {}),
+    }
+    return {**record, "env_id": _digest(record)}
+
+
+def device_name(device: str) -> str:
+    """What a row calls the device: the GPU's own name, or `CPU: <model>, <n> cores`."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"CPU: {_cpu_model() or platform.machine()}, {_cores()} cores"
+
+
+def gpu_identity() -> str:
+    """A hash that tells this GPU from another of the same name."""
+    return _digest(str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid))
+
+
+def _gpu() -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    nvml = open_nvml()
+    driver = nvml.nvmlSystemGetDriverVersion() if nvml is not None else None
+    return {
+        "gpu_id": gpu_identity(),
+        "gpu_memory_bytes": properties.total_memory,
+        "gpu_multiprocessors": properties.multi_processor_count,
+        "gpu_l2_bytes": properties.L2_cache_size,
+        "gpu_capability": f"{properties.major}.{properties.minor}",
+        "driver": driver.decode() if isinstance(driver, bytes) else driver,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+    }
+
+
+def _git() -> dict[str, Any]:
+    """Revision of the code and whether tracked files differ from it; None outside a checkout.
+
+    Untracked files and results do not make it dirty: they do not change what is measured.
+    """
+    revision = _run_git("rev-parse", "HEAD")
+    if revision is None:
+        return {"git_revision": None, "git_dirty": None}
+    changes = _run_git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")
+    return {"git_revision": revision, "git_dirty": None if changes is None else bool(changes)}
+
+
+def _run_git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(_ROOT), *arguments], capture_output=True, text=True, timeout=30, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+@functools.cache
+def _cpu_model() -> str | None:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or None
+    for line in lines:
+        if line.lower().startswith(("model name", "cpu part")):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or None
+
+
+def _cores() -> int:
+    """Cores this process may use, which in a container is not what the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]

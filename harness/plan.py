@@ -1,0 +1,103 @@
+"""From a sweep and the rows already there to the work that is left; nothing here runs anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness.grid import expand, vocab_sizes
+from harness.points import Point, group_points
+from harness.spec import Part, SpecError, Sweep
+from moc.config import FfnShape
+from moc.methods import get_method
+from moc.selection import parse_selection
+
+# Rivals of these workloads run in one process, on the same weights and inputs, so that they are paired.
+GROUPED_WORKLOADS = ("ffn_train", "ffn_decode")
+# What `--retry` measures again.
+RETRY: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "failed": ("crashed", "timeout", "wrong"),
+    "oom": ("oom",),
+    "all": ("crashed", "timeout", "wrong", "oom", "unsupported"),
+}
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The smallest thing a worker takes: a point, or the missing points of a group with their companions.
+
+    Companions are dense points already measured: they run again beside the new ones, because a speed-up is
+    a paired ratio, but their rows are not kept twice.
+    """
+
+    part: Part
+    points: tuple[Point, ...]
+    companions: tuple[Point, ...] = ()
+
+    @property
+    def keys(self) -> list[str]:
+        """The points it will leave rows for."""
+        return [point.key for point in self.points]
+
+
+def prepare_data(sweep: Sweep, say: Callable[[str], None]) -> dict[int, str]:
+    """Tokenise the sweep's text for every vocabulary it needs; returns fingerprints by vocabulary size.
+
+    Raises SpecError naming the source if it cannot be read or is too small for the vocabulary.
+    """
+    sizes = sorted({size for part in sweep.parts for size in vocab_sizes(part)})
+    if not sizes:
+        return {}
+    from harness.data import SourceError, prepare
+    from harness.data.tokenizer import VocabularyError
+
+    ids = {}
+    for size in sizes:
+        say(f"text: {describe_source(sweep.data)}, vocabulary {size:,}")
+        try:
+            ids[size] = prepare(sweep.data, size, progress=say).data_id
+        except (SourceError, VocabularyError) as error:
+            raise SpecError(str(error)) from error
+    return ids
+
+
+def describe_source(source: str) -> str:
+    """A text source without the path of this machine: only the last part of a `files:` pattern is kept."""
+    kind, _, rest = source.partition(":")
+    return f"files:{Path(rest).name}" if kind == "files" else source
+
+
+def is_missing(point: Point, status: Mapping[tuple[str, str], str], device_name: str, retry: str) -> bool:
+    """Whether a run measures this point: never tried on this device, or tried and asked for by `retry`."""
+    known = status.get((device_name, point.key))
+    return known is None or known in RETRY[retry]
+
+
+def units(part: Part, points: list[Point], missing: list[Point]) -> list[Unit]:
+    """The work that measures `missing`, in order; `points` are all points of the part."""
+    if part.workload not in GROUPED_WORKLOADS:
+        return [Unit(part, (point,)) for point in missing]
+    wanted = {point.key for point in missing}
+    work = []
+    for group in group_points(points):
+        fresh = tuple(point for point in group if point.key in wanted)
+        if fresh:
+            dense = tuple(p for p in group if p.key not in wanted and get_method(p.method).is_dense)
+            work.append(Unit(part, fresh, dense))
+    return work
+
+
+def grid_points(sweep: Sweep, data_ids: Mapping[int, str] | None = None) -> list[tuple[Part, list[Point]]]:
+    """Every grid point of a sweep by part; an optimisation has no list of points beforehand."""
+    return [(part, expand(part, data_ids) if part.mode == "grid" else []) for part in sweep.parts]
+
+
+def unsupported_reason(point: Point, device: str) -> str | None:
+    """Why a point cannot be measured on a kind of device (`cpu`, `cuda`); None if it can."""
+    selection = None
+    if point.selection is not None:
+        selection = parse_selection(point.selection)
+    shape = FfnShape(point.d_model, point.d_ffn)
+    return get_method(point.method).unsupported_reason(shape, selection, point.dtype, device)

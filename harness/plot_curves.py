@@ -1,0 +1,87 @@
+"""Validation loss over tokens, and its gap to dense: the trend that one number at the end cannot show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.ticker import FuncFormatter
+
+from harness import text
+from harness.plot_panels import board_of, one_size_each, series_of, with_k
+from harness.plot_style import Plot, line_handle
+from harness.plot_titles import gap_title, loss_title
+from harness.tables import lead_lines
+
+
+def loss_curves(seeds: pd.DataFrame, samples: pd.DataFrame) -> pd.DataFrame:
+    """Validation loss over tokens seen: the `eval_loss_nats` samples with the columns of their point."""
+    if samples.empty:
+        return pd.DataFrame()
+    chosen = samples[(samples["metric"] == "eval_loss_nats") & samples["value"].notna()]
+    wanted = ["point_key", "cell", "method", "selection", "family", "is_dense", "baseline", "seed", "k_pct"]
+    # A point measured twice has curves of both runs; the newest one belongs to the rows that are shown.
+    newest = chosen.drop_duplicates(["point_key"], keep="last")[["run_id", "point_key"]]
+    chosen = chosen.merge(newest, on=["run_id", "point_key"])
+    return chosen.merge(seeds[wanted], on="point_key")
+
+
+def loss_over_tokens(summary: pd.DataFrame, curves: pd.DataFrame, caption: str, path: Path) -> Plot | None:
+    """Validation loss while training; None unless some curve has three places."""
+    return _curve_plot(
+        summary, curves, caption, path, loss_title, "validation loss (nats/token)",
+        "Lines: means over seeds." if summary["seeds"].max() > 1 else "One seed.",
+    )  # fmt: skip
+
+
+def gap_over_tokens(summary: pd.DataFrame, curves: pd.DataFrame, caption: str, path: Path) -> Plot | None:
+    """Validation loss minus that of the fastest dense method at the same token: the trend that counts."""
+    if curves.empty or not (curves["baseline"] != "").any():
+        return None
+    dense = curves[curves["method"] == curves["baseline"]]
+    place = ["cell", "seed", "x"]
+    gaps = curves.merge(dense[[*place, "value"]], on=place, suffixes=("", "_dense"))
+    gaps = gaps.assign(value=gaps["value"] - gaps["value_dense"])
+    gaps = gaps[~gaps["is_dense"]]
+    note = "Below the line at 0, the fastest dense method: better than dense at that point. "
+    several = summary["seeds"].max() > 1
+    note += "Thin: single seeds." if several else "One seed: noise of about 0.01 nats unseen."
+    y_name = "validation loss minus dense (nats/token)"
+    return _curve_plot(summary, gaps, caption, path, gap_title, y_name, note)
+
+
+def _curve_plot(
+    summary: pd.DataFrame,
+    curves: pd.DataFrame,
+    caption: str,
+    path: Path,
+    title: Callable[[pd.DataFrame, pd.DataFrame], str],
+    y_name: str,
+    note: str,
+) -> Plot | None:
+    if curves.empty or curves.groupby(["cell", "method", "selection"])["x"].nunique().max() < 3:
+        return None
+    shown = one_size_each(summary[summary["cell"].isin(set(curves["cell"]))])
+    board, parts = board_of(shown)
+    is_gap = "value_dense" in curves
+    for axes, part in parts:
+        for style, group in series_of(part):
+            line = group.iloc[0]
+            same = (curves["cell"] == line["cell"]) & (curves["method"] == line["method"])
+            own = curves[same & (curves["selection"] == line["selection"])]
+            if own.empty:
+                continue
+            for _, each in own.groupby("seed") if line["seeds"] > 1 else ():
+                each = each.sort_values("x")
+                axes.plot(each["x"], each["value"], color=style.color, linewidth=0.6, alpha=0.5)
+            mean = own.groupby("x")["value"].mean()
+            every = max(1, len(mean) // 6)
+            axes.plot(mean.index, mean, clip_on=False, **style.marks(markersize=5, markevery=every))
+            board.legend(line_handle(style), with_k(style, group))
+        if is_gap:
+            axes.axhline(0, color="black", linewidth=1.4)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: text.tokens(max(value, 0))))
+        axes.set_xlim(left=0)
+    lead = lead_lines(shown)
+    return board.save(path, title(lead, curves), caption, x="tokens seen in training", y=y_name, note=note)

@@ -1,0 +1,288 @@
+"""The report of a sweep: `report.md` and a self-contained `report.html`, from its rows alone.
+
+A report is a list of blocks, written once as Markdown and once as HTML. Several devices are several sections;
+nothing is ever compared across them.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from harness import text
+from harness.findings import findings
+from harness.plots import draw_plots
+from harness.present import failure_table, headline_for_people, workload_table
+from harness.store import read_rows, read_samples
+from harness.tables import headline_table, point_table, summarise
+
+_STYLE = (
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:980px;margin:2em auto;padding:0 1em;color:#222}"
+    "table{border-collapse:collapse;font-size:13px;display:block;overflow-x:auto}"
+    "th,td{padding:3px 9px;border-bottom:1px solid #ddd;text-align:right;white-space:nowrap}"
+    "th{border-bottom:2px solid #999}td.t,th.t{text-align:left}"
+    "img{width:100%;max-width:900px}pre{background:#f6f6f6;padding:.8em;overflow-x:auto;font-size:12px}"
+)
+_PLOT_NAMES = (
+    *("perplexity_vs_k", "throughput_vs_k", "memory_vs_k", "perplexity_memory_pareto"),
+    *("throughput_vs_seq_len", "loss_vs_tokens", "loss_gap_vs_tokens"),
+    *("ffn_step_time", "ffn_saved_bytes", "ffn_speedup"),
+)
+
+
+@dataclass(frozen=True)
+class Heading:
+    level: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    text: str
+
+
+@dataclass(frozen=True)
+class Bullets:
+    items: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    frame: pd.DataFrame
+
+
+@dataclass(frozen=True)
+class Picture:
+    path: Path
+    alt: str
+
+
+@dataclass(frozen=True)
+class Code:
+    text: str
+    language: str
+
+
+Block = Heading | Paragraph | Bullets | Table | Picture | Code
+
+
+def write_report(results_dir: Path, device_name: str | None = None) -> list[Path]:
+    """Write plots/*.png, report.md and report.html of a results folder; returns every file written.
+
+    With `device_name` only that device's rows are reported, else every device gets a section. Plots of an
+    earlier report that the rows no longer support are removed. Raises ValueError if there are no rows, or
+    none of that device.
+    """
+    rows = read_rows(results_dir)
+    devices = [str(name) for name in dict.fromkeys(rows["device_name"].fillna("unknown device"))]
+    if not devices:
+        raise ValueError(f"{results_dir}: no rows to report; `mocbench run` writes them")
+    if device_name is not None:
+        if device_name not in devices:
+            raise ValueError(f"{results_dir}: no rows of {device_name!r}; it has {', '.join(devices)}")
+        devices = [device_name]
+    rows = rows.assign(device_name=rows["device_name"].fillna("unknown device"))
+    samples = read_samples(results_dir)
+    environments = _environments(results_dir)
+    command = text.without_paths(_read(results_dir / "command.txt").strip())
+
+    blocks: list[Block] = [Heading(1, f"Sweep {rows['sweep'].iloc[0]}")]
+    if len(devices) > 1:
+        blocks.append(Paragraph(f"{len(devices)} devices, a section each; numbers of two devices never mix."))
+    pictures: list[Path] = []
+    for device in devices:
+        own = rows[rows["device_name"] == device]
+        tail = "" if len(devices) == 1 else "-" + _slug(device)
+        records = [environments[key] for key in dict.fromkeys(own["env_id"].dropna()) if key in environments]
+        section, paths = _device_section(own, samples, records, command, results_dir / "plots", tail, device)
+        blocks += section
+        pictures += paths
+    sweep_file = _read(results_dir / "sweep.yaml")
+    if sweep_file or command:
+        blocks.append(Heading(2, "How it was run"))
+    if command:
+        blocks.append(Code(command, "sh"))
+    if sweep_file:
+        blocks.append(Code(text.without_paths(sweep_file.rstrip()), "yaml"))
+    _remove_stale(results_dir / "plots", pictures)
+    markdown, page = results_dir / "report.md", results_dir / "report.html"
+    markdown.write_text(to_markdown(blocks, results_dir), encoding="utf-8")
+    page.write_text(to_html(blocks), encoding="utf-8")
+    return [*pictures, markdown, page]
+
+
+def _device_section(
+    rows: pd.DataFrame,
+    samples: pd.DataFrame,
+    records: list[dict[str, Any]],
+    command: str,
+    folder: Path,
+    tail: str,
+    device: str,
+) -> tuple[list[Block], list[Path]]:
+    points = point_table(rows)
+    summary = summarise(points)
+    blocks: list[Block] = [Heading(2, device)]
+    sentences = findings(rows)
+    if sentences:
+        blocks += [Heading(3, "What the numbers say"), Bullets(tuple(sentences))]
+    headline = headline_table(rows)
+    if not headline.empty:
+        blocks += [Heading(3, "Headline"), Table(headline_for_people(headline))]
+        blocks.append(Paragraph(_headline_note(headline)))
+    plots = draw_plots(rows, samples, _caption(rows, records, command, device), folder, tail)
+    if plots:
+        blocks.append(Heading(3, "Plots"))
+        blocks += [Picture(plot.path, plot.title) for plot in plots]
+    for workload in dict.fromkeys(summary["workload"]) if not summary.empty else ():
+        blocks.append(Heading(3, f"All points of {workload}"))
+        blocks.append(Table(workload_table(summary[summary["workload"] == workload])))
+    failed = failure_table(points)
+    if not failed.empty:
+        blocks += [Heading(3, "Points without a result"), Table(failed)]
+    if records:
+        blocks += [Heading(3, "Environment"), Table(_environment_table(records))]
+    return blocks, [plot.path for plot in plots]
+
+
+def _headline_note(headline: pd.DataFrame) -> str:
+    paired = (
+        "Speed ratios are paired: rivals took turns in one process."
+        if headline["paired"].all()
+        else "Speed ratios are unpaired: each method ran in a process of its own."
+    )
+    peak = text.peak_name(str(headline["peak_metric"].iloc[0]))
+    return (
+        f"x best dense: speed against the fastest dense method of the same setting and seed. {paired} "
+        f"Peak memory is the {peak}. Saved bytes are what one FFN layer keeps for its backward pass."
+    )
+
+
+def _caption(rows: pd.DataFrame, records: list[dict[str, Any]], command: str, device: str) -> str:
+    """Device, date of the measurement, torch version and command; never a path of the machine."""
+    dates = sorted({str(value)[:10] for value in rows["started_at"].dropna()})
+    when = " to ".join(dict.fromkeys((dates[0], dates[-1]))) if dates else "date unknown"
+    versions = sorted({str(record["torch"]) for record in records if record.get("torch")})
+    torch = f"torch {', '.join(versions)}" if versions else "torch version unknown"
+    return " · ".join(part for part in (device, when, torch, command) if part)
+
+
+def _environments(results_dir: Path) -> dict[str, dict[str, Any]]:
+    lines = _read(results_dir / "environments.jsonl").splitlines()
+    records = [json.loads(line) for line in lines if line.strip()]
+    return {str(record["env_id"]): record for record in records}
+
+
+def _environment_table(records: list[dict[str, Any]]) -> pd.DataFrame:
+    """A line per property, a column per environment; what is the same everywhere is said once."""
+    names = list(dict.fromkeys(name for record in records for name in record))
+    same = [name for name in names if len({str(record.get(name)) for record in records}) == 1]
+    lines = []
+    for name in names:
+        values = [_plain(record.get(name)) for record in records]
+        lines.append([name, values[0], *([""] * (len(records) - 1) if name in same else values[1:])])
+    several = [f"environment {index + 1}" for index in range(len(records))]
+    return pd.DataFrame(lines, columns=["", *(several if len(records) > 1 else ["value"])])
+
+
+def _plain(value: object) -> str:
+    return text.DASH if value is None else str(value)
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+
+
+def _remove_stale(folder: Path, written: list[Path]) -> None:
+    """Remove plots this module once wrote and the rows no longer support; other files stay."""
+    for path in folder.glob("*.png"):
+        if path.stem.partition("-")[0] in _PLOT_NAMES and path not in written:
+            path.unlink()
+
+
+def to_markdown(blocks: list[Block], folder: Path) -> str:
+    """The blocks as Markdown; pictures are linked relative to `folder`."""
+    parts = []
+    for block in blocks:
+        match block:
+            case Heading(level, words):
+                parts.append(f"{'#' * level} {_no_markup(words)}")
+            case Paragraph(words):
+                parts.append(_no_markup(words))
+            case Bullets(items):
+                parts.append("\n".join(f"- {_no_markup(item)}" for item in items))
+            case Table(frame):
+                parts.append(_markdown_table(frame))
+            case Picture(path, alt):
+                parts.append(f"![{_no_markup(alt)}]({path.relative_to(folder).as_posix()})")
+            case Code(words, language):
+                parts.append(f"```{language}\n{words}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
+def _no_markup(words: str) -> str:
+    """Text whose angle brackets a Markdown viewer does not take for HTML."""
+    return words.replace("&", "&amp;").replace("<", "&lt;")
+
+
+def _markdown_table(frame: pd.DataFrame) -> str:
+    def line(cells: list[str]) -> str:
+        plain = [_no_markup(cell).replace("|", "\\|").replace("\n", " ") for cell in cells]
+        return f"| {' | '.join(plain)} |"
+
+    words = _word_columns(frame)
+    rule = [":--" if is_words else "--:" for is_words in words]
+    body = [line([str(value) for value in row]) for row in frame.itertuples(index=False)]
+    return "\n".join([line([str(name) for name in frame.columns]), "|" + "|".join(rule) + "|", *body])
+
+
+def _word_columns(frame: pd.DataFrame) -> list[bool]:
+    """Which columns are words, set to the left; numbers go to the right."""
+    number = re.compile(rf"[+{text.MINUS}-]?[\d,.]|{text.DASH}$")
+    return [not all(number.match(str(v)) or v == "" for v in frame.iloc[:, i]) for i in range(frame.shape[1])]
+
+
+def to_html(blocks: list[Block]) -> str:
+    """The blocks as one HTML page that loads nothing: pictures are inside it, every text is escaped."""
+    parts = []
+    title = next((block.text for block in blocks if isinstance(block, Heading)), "Report")
+    for block in blocks:
+        match block:
+            case Heading(level, words):
+                parts.append(f"<h{level}>{html.escape(words)}</h{level}>")
+            case Paragraph(words):
+                parts.append(f"<p>{html.escape(words)}</p>")
+            case Bullets(items):
+                parts.append("<ul>" + "".join(f"<li>{html.escape(item)}</li>" for item in items) + "</ul>")
+            case Table(frame):
+                parts.append(_html_table(frame))
+            case Picture(path, alt):
+                data = base64.b64encode(path.read_bytes()).decode()
+                parts.append(f'<p><img alt="{html.escape(alt)}" src="data:image/png;base64,{data}"></p>')
+            case Code(words, _):
+                parts.append(f"<pre>{html.escape(words)}</pre>")
+    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style>'
+    body = "\n".join(parts)
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n{body}\n</body></html>\n'
+
+
+def _html_table(frame: pd.DataFrame) -> str:
+    kinds = [' class="t"' if is_words else "" for is_words in _word_columns(frame)]
+
+    def line(tag: str, cells: list[Any]) -> str:
+        inner = "".join(f"<{tag}{k}>{html.escape(str(c))}</{tag}>" for k, c in zip(kinds, cells, strict=True))
+        return f"<tr>{inner}</tr>"
+
+    body = "".join(line("td", list(row)) for row in frame.itertuples(index=False))
+    return f"<table><thead>{line('th', list(frame.columns))}</thead><tbody>{body}</tbody></table>"

@@ -1,0 +1,348 @@
+"""Pre-train one model from its seed: throughput, peak memory, and perplexity on the held-out text.
+
+One point per process: a training run is minutes long, so rivals cannot alternate within it. They are paired
+by their weights, batches and evaluation text instead, which are the same for every method of a seed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.stats
+import torch
+from numpy.typing import ArrayLike
+
+from harness.checkpoint import Checkpoints
+from harness.data import prepare
+from harness.data.batches import bits_per_byte
+from harness.job import Job, Reporter
+from harness.measure.clocks import ClockReader, Conditions, any_throttled, median_sm_clock
+from harness.measure.memory import is_out_of_memory, peak_bytes, peak_rss_over_start_bytes, saved_bytes
+from harness.measure.stats import CONFIDENCE, RESAMPLES, Estimate, median_estimate
+from harness.points import Point
+from harness.training import (
+    AUTOCAST_DTYPES,
+    DivergedError,
+    TrainConfig,
+    Trainer,
+    TrainResult,
+    autocast,
+    evaluate,
+)
+from moc.config import LlamaConfig
+from moc.llama import Llama
+from moc.methods import Method, get_method
+from moc.selection import Selection, parse_selection
+
+CURVE_POINTS = 400  # of the training-loss curve: what a plot can show
+SAVED_TOKENS = 1024  # saved bytes are linear in the tokens, so a small batch tells
+CLOCK_SECONDS = 1.0  # between two readings of the card's conditions
+
+
+def run(job: Job, report: Reporter) -> None:
+    """Measure the job's one point.
+
+    A method that cannot run the point, or a dtype that cannot be trained, is `unsupported`; a loss that is
+    not finite is `wrong`. Raises ValueError if the job has several points or its text is not the text the
+    point was planned with, and MemoryError or torch.OutOfMemoryError if memory runs out.
+    """
+    if len(job.points) != 1:
+        raise ValueError(f"pretrain measures one point per job, not {len(job.points)}")
+    point = job.points[0]
+    report.start(point)
+    method = get_method(point.method)
+    selection = parse_selection(point.selection) if point.selection is not None else None
+    config = model_config(point)
+    reason = _unsupported(point, method, selection, config, job.device)
+    if reason is not None:
+        report.finish(point, "unsupported", reason)
+        return
+    try:
+        _train_and_report(job, point, method, selection, config, report)
+    except DivergedError as error:
+        report.finish(point, "wrong", str(error))
+    except RuntimeError as error:
+        if is_out_of_memory(error) and not isinstance(error, torch.OutOfMemoryError):
+            raise MemoryError(str(error)) from error  # the CPU allocator has no error of its own
+        raise
+
+
+def model_config(point: Point) -> LlamaConfig:
+    """The model of a point. Raises ValueError naming a field that a `pretrain` point lacks."""
+    return LlamaConfig(
+        name=point.preset or f"{point.d_model}x{point.d_ffn}",
+        d_model=point.d_model,
+        d_ffn=point.d_ffn,
+        n_layers=point.n_layers,
+        n_heads=_given(point, "n_heads"),
+        vocab_size=_given(point, "vocab_size"),
+        max_seq_len=point.seq_len,
+    )
+
+
+def train_config(point: Point) -> TrainConfig:
+    """How a point is trained. Raises ValueError for values that cannot be trained with."""
+    return TrainConfig(
+        tokens_per_step=point.tokens,
+        seq_len=point.seq_len,
+        train_tokens=_given(point, "train_tokens"),
+        eval_tokens=_given(point, "eval_tokens"),
+        seed=point.seed,
+        lr=_given(point, "lr"),
+        dtype=point.dtype,
+    )
+
+
+def _given(point: Point, name: str) -> Any:
+    """A field that other workloads leave out."""
+    value = getattr(point, name)
+    if value is None:
+        raise ValueError(f"pretrain: {name} is missing from the point")
+    return value
+
+
+def _unsupported(
+    point: Point, method: Method, selection: Selection | None, config: LlamaConfig, device: str
+) -> str | None:
+    """Why the point cannot be trained, or None."""
+    if not method.backward:
+        return f"method {method.name} has no backward pass"
+    if point.dtype not in AUTOCAST_DTYPES:
+        return f"dtype {point.dtype} cannot be trained; choose one of {', '.join(AUTOCAST_DTYPES)}"
+    return method.unsupported_reason(config.ffn, selection, point.dtype, device)
+
+
+def _train_and_report(
+    job: Job, point: Point, method: Method, selection: Selection | None, config: LlamaConfig, report: Reporter
+) -> None:
+    dataset = prepare(job.data or "stdlib", config.vocab_size)
+    if point.data_id is not None and dataset.data_id != point.data_id:
+        raise ValueError(
+            f"the text {job.data} is now {dataset.data_id}, but the point was planned with {point.data_id};"
+            " plan the sweep again"
+        )
+    device = torch.device(job.device)
+    compiled = method.compiles_on(device.type)
+    peak = PeakMeter(device)
+    reader, blocks = ClockReader(device), list[Conditions | None]()
+    last_read = -math.inf
+    n_steps = train_config(point).n_steps
+
+    def on_step(step: int, loss: float) -> None:
+        nonlocal last_read
+        report.progress(point, step / n_steps, f"loss {loss:.3f}")
+        if time.monotonic() - last_read >= CLOCK_SECONDS:
+            last_read = time.monotonic()
+            blocks.append(reader.read())
+
+    model = Llama(config, lambda: method.make(config.ffn, selection), seed=point.seed)
+    checkpoints = None
+    if job.measure.checkpoint_seconds is not None:
+        folder = Path(job.work_dir) / point.key
+        checkpoints = Checkpoints(folder, job.measure.checkpoint_seconds, point.key)
+    trainer = Trainer(
+        model,
+        dataset,
+        train_config(point),
+        device,
+        compile_loss=compiled,
+        measure_peak=peak.measure if job.measure.memory else None,
+        checkpoints=checkpoints,
+        on_step=on_step,
+    )
+    result = trainer.run()
+    _report_speed(report, point, result, compiled, median_sm_clock(blocks), any_throttled(blocks))
+    if result.peak_bytes is not None:
+        report.measure(
+            point, peak.metric, float(result.peak_bytes), n_samples=1, statistic="max", detail=peak.detail
+        )
+    report.measure(point, "parameters", float(sum(p.numel() for p in model.parameters())))
+    _report_quality(report, point, result, trainer.text.bytes_per_token)
+    if selection is not None and selection.rule == "threshold":
+        report.measure(point, "overflow_fraction", _overflow_fraction(model, trainer, point, device))
+    if job.measure.memory:
+        del trainer  # the optimizer's state is not needed any more
+        value = _saved_bytes_per_token(model, point, device, compiled)
+        report.measure(point, "saved_activation_bytes_per_token", value)
+    report.finish(point)
+
+
+def _saved_bytes_per_token(model: Llama, point: Point, device: torch.device, compiled: bool) -> float:
+    """What one FFN layer of the trained model keeps for backward, in the dtype of training.
+
+    The layer is compiled by itself where the model was: inductor chooses what to keep, so eager would show
+    another number.
+    """
+    layer = model.layers[0].get_submodule("ffn")
+    forward = torch.compile(layer) if compiled else layer
+    x = torch.randn(1, SAVED_TOKENS, point.d_model, device=device, requires_grad=True)
+    with autocast(device, point.dtype):
+        saved = saved_bytes(lambda: forward(x), layer.parameters(), [x])
+    return saved.activation_bytes / SAVED_TOKENS
+
+
+def _overflow_fraction(model: Llama, trainer: Trainer, point: Point, device: torch.device) -> float:
+    """Channels that a `threshold` rule's cap left out, of all channels, over the evaluation text.
+
+    Counted after training in a pass of its own, so that a resumed run counts the same as an unbroken one.
+    """
+    counters = [buffer for name, buffer in model.named_buffers() if name.endswith("overflow_count")]
+    for counter in counters:
+        counter.zero_()
+    evaluate(model, trainer.text, device, point.dtype, point.tokens)
+    total = sum(int(counter) for counter in counters)
+    return total / (trainer.text.n_tokens * point.n_layers * point.d_ffn)
+
+
+class PeakMeter:
+    """Peak memory of ordinary training steps over what the process held before it had a model.
+
+    So weights, gradients and optimizer state count, and the interpreter and its libraries do not. `detail`
+    says how much of it stood before the steps began.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        # The first optimizer of a process imports this: 147 MB of code that belongs to no model.
+        importlib.import_module("torch._dynamo")
+        self._start = torch.cuda.memory_allocated() if self._cuda else _resident_bytes()
+        self.metric = "peak_allocated_bytes" if self._cuda else "peak_rss_over_start_bytes"
+        self.detail = ""
+
+    def measure(self, run_steps: Callable[[], object]) -> int:
+        """Run the steps once and return their peak in bytes."""
+        if self._cuda:
+            peak = peak_bytes(run_steps)
+            standing, over = peak.start_bytes - self._start, peak.over_start_bytes
+        else:
+            resident = [0]
+
+            def noted() -> None:
+                resident[0] = _resident_bytes()  # here, because what can be freed has been by now
+                run_steps()
+
+            over = peak_rss_over_start_bytes(noted)
+            standing = max(0, resident[0] - self._start)
+        self.detail = f"of which {standing} bytes stood before the steps (weights, optimizer state)"
+        return standing + over
+
+
+def _resident_bytes() -> int:
+    """Resident set of this process now; 0 where the system does not say, so that only growth is counted."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except OSError:
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _report_speed(
+    report: Reporter,
+    point: Point,
+    result: TrainResult,
+    compiled: bool,
+    sm_clock_mhz: float | None,
+    throttled: bool | None,
+) -> None:
+    """Step time and throughput of the timed steps; what compilation cost."""
+    step = median_estimate(result.step_ms)
+    for metric, estimate in (("step_ms", step), ("tokens_per_s", _throughput(step, point.tokens))):
+        report.measure(
+            point,
+            metric,
+            estimate.value,
+            ci_low=estimate.ci_low,
+            ci_high=estimate.ci_high,
+            n_samples=estimate.n_samples,
+            statistic=estimate.statistic,
+            timing_mode="training",
+            sm_clock_mhz=sm_clock_mhz,
+            throttled=throttled,
+        )
+    report.samples(point, "step_ms", result.step_ms)
+    if compiled and result.first_step_s is not None:
+        report.measure(point, "compile_s", result.first_step_s - step.value / 1e3, n_samples=1)
+
+
+def _throughput(step: Estimate, tokens: int) -> Estimate:
+    """Tokens per second from milliseconds per step; the ends of the interval change places."""
+    value, low, high = (tokens * 1e3 / ms for ms in (step.value, step.ci_high, step.ci_low))
+    return Estimate(value, low, high, step.n_samples, "tokens / median step")
+
+
+def _report_quality(report: Reporter, point: Point, result: TrainResult, bytes_per_token: float) -> None:
+    """Loss before and after, perplexity, bits per byte, and the curves over tokens seen."""
+    untrained = mean_estimate(result.evaluations[0].window_losses)
+    trained = mean_estimate(result.evaluations[-1].window_losses)
+    rows = (
+        ("untrained_loss_nats", untrained),
+        ("untrained_perplexity", _mapped(untrained, perplexity)),
+        ("eval_loss_nats", trained),
+        ("perplexity", _mapped(trained, perplexity)),
+        ("bits_per_byte", _mapped(trained, lambda nats: bits_per_byte(nats, bytes_per_token))),
+    )
+    for metric, estimate in rows:
+        report.measure(
+            point,
+            metric,
+            estimate.value,
+            ci_low=estimate.ci_low,
+            ci_high=estimate.ci_high,
+            n_samples=estimate.n_samples,
+            statistic=estimate.statistic,
+        )
+    report.measure(point, "train_tokens_seen", float(result.evaluations[-1].tokens_seen))
+    report.samples(
+        point,
+        "eval_loss_nats",
+        [evaluation.loss for evaluation in result.evaluations],
+        [float(evaluation.tokens_seen) for evaluation in result.evaluations],
+    )
+    groups = np.array_split(np.array(result.losses), min(CURVE_POINTS, len(result.losses)))
+    ends = np.cumsum([len(group) for group in groups]) * point.tokens
+    report.samples(
+        point, "train_loss_nats", [float(group.mean()) for group in groups], ends.astype(float).tolist()
+    )
+
+
+def mean_estimate(samples: ArrayLike, seed: int = 0) -> Estimate:
+    """Mean of window losses with its 95 % percentile bootstrap interval over the windows.
+
+    The mean and not the median, because perplexity is defined by it. The interval says how far the loss
+    depends on which windows of the held-out text were taken, not how far on the seed of training.
+    """
+    values = np.asarray(samples, dtype=np.float64)
+    value = float(values.mean())
+    if values.size == 1:
+        return Estimate(value, math.nan, math.nan, 1, "mean over windows")
+    interval = scipy.stats.bootstrap(
+        (values,),
+        np.mean,
+        n_resamples=RESAMPLES,
+        batch=100,  # resamples held in memory at once
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return Estimate(value, float(interval.low), float(interval.high), values.size, "mean over windows")
+
+
+def perplexity(nats: float) -> float:
+    """exp of a loss; infinite where a float cannot hold it."""
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        return math.inf
+
+
+def _mapped(estimate: Estimate, function: Callable[[float], float]) -> Estimate:
+    """A rising function of an estimate, with the ends of its interval mapped alike."""
+    value, low, high = (function(x) for x in (estimate.value, estimate.ci_low, estimate.ci_high))
+    return Estimate(value, low, high, estimate.n_samples, estimate.statistic)
