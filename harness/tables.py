@@ -21,7 +21,7 @@ from moc.methods import METHODS
 # What rivals of one comparison share, apart from the seed.
 CELL: tuple[str, ...] = (
     *("device_name", "workload", "preset", "d_model", "d_ffn", "n_layers", "batch", "seq_len", "tokens"),
-    *("train_tokens", "vocab_size", "lr", "data_id", "dtype", "timing_mode"),
+    *("train_tokens", "eval_tokens", "vocab_size", "lr", "data_id", "dtype", "timing_mode"),
 )
 # cuBLAS leaves its fast path where a width is not a multiple of this many elements.
 ALIGNMENT = 8
@@ -33,7 +33,7 @@ _FAMILIES = ("topk", "nm:12:64", "nm:2:8", "topk_abs", "threshold")
 _WORKLOADS = ("pretrain", "generate", "ffn_train", "ffn_decode")
 _NUMBERS = (
     *("d_model", "d_ffn", "n_layers", "batch", "seq_len", "tokens", "train_tokens", "vocab_size", "lr"),
-    *("k", "k_frac", "seed"),
+    *("eval_tokens", "k", "k_frac", "seed"),
 )
 _WORDS = ("selection", "preset", "data_id", "dtype", "timing_mode", "detail")
 _NUMERIC_COMPARISONS = (
@@ -73,7 +73,9 @@ def point_table(rows: pd.DataFrame) -> pd.DataFrame:
     `perplexity_change` (%).
     """
     keys = ["device_name", "point_key"]
-    points = wide(rows).merge(rows[[*keys, "data_id"]].drop_duplicates(keys), on=keys, how="left")
+    points = wide(rows).merge(
+        rows[[*keys, "data_id", "eval_tokens"]].drop_duplicates(keys), on=keys, how="left"
+    )
     metrics = [f"{metric}{end}" for metric in METRICS for end in ("", "_ci_low", "_ci_high")]
     words = ("device_name", "workload", "method", "status", "point_key", "started_at", *_WORDS)
     points = points.reindex(columns=[*words, *_NUMBERS, *metrics])

@@ -128,7 +128,7 @@ def get_method(name: str) -> Method:
         make=factory,
         is_dense=bool(getattr(factory, "is_dense", False)),
         takes_selection=takes_selection,
-        compile=bool(getattr(factory, "compile", False)),
+        compile=getattr(factory, "compile", False) is True,  # a module class has a method of that name
         reference=_moc_reference if takes_selection else _dense_reference,
     )
 

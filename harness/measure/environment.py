@@ -75,11 +75,12 @@ def _gpu() -> dict[str, Any]:
 def _git() -> dict[str, Any]:
     """Revision of the code and whether tracked files differ from it; None outside a checkout.
 
-    Untracked files and results do not make it dirty: they do not change what is measured.
+    Untracked files and results do not make it dirty: they do not change what is measured. A copy of the code
+    without its history (a container image) may say what it is in MOCBENCH_REVISION.
     """
     revision = _run_git("rev-parse", "HEAD")
     if revision is None:
-        return {"git_revision": None, "git_dirty": None}
+        return {"git_revision": os.environ.get("MOCBENCH_REVISION"), "git_dirty": None}
     changes = _run_git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")
     return {"git_revision": revision, "git_dirty": None if changes is None else bool(changes)}
 

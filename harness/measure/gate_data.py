@@ -7,8 +7,9 @@ output's norm. A tolerance wide enough for that would hide a wrong K. So the dat
 nothing to rounding:
 
 - `ties`: gates are exact in every supported dtype, and many are *equal*. Whoever accumulates in at least
-  float32 gets the same numbers whatever the order of summation, so K, the rule and the order of ties are
-  checked with no allowance at all. Rows have several magnitudes, so K-th values use all bits of a bf16.
+  bf16 gets the same numbers whatever the order of summation, so K, the rule and the order of ties are checked
+  with no allowance at all. Neighbouring gates differ in the last bit of a bf16, and K-th values are positive,
+  negative and near zero.
 - `gap`: real-valued gates with a wide gap where the rule cuts, so the numerics of gates are tested too.
 
 A method without a selection gets natural data. Each builder here checks what it promises.
@@ -23,10 +24,9 @@ from moc.config import FfnShape
 from moc.reference import select_mask
 from moc.selection import Selection
 
-_ROW_MAGNITUDES = (1, 3, 7, 15)  # of the rows of x in `ties`
-_TIES_STD = 16.0  # standard deviation of the integer part of a gate for a row of magnitude 1
-_TIES_SCALE = 2.0**-5  # makes gates of order one, exactly
-_TIES_LIFT = 33.0  # of all integer parts; odd, so that few land on zero
+_TIES_STD = 16.0  # of the integers that gates are made of
+_TIES_LIFT = 129.0  # from here to 256, neighbouring integers are neighbouring bf16 numbers
+_TIES_UNIT = 2.0**-7  # makes gates of order one, exactly
 _GAP = 1.5  # half the distance between chosen and other gates: silu is far from linear there
 _GAP_NOISE = 0.15  # their spread; even 6 deviations keep chosen gates above 0.6, where abs(silu) ranks alike
 _GAP_GROUPS = 8  # different choices of channels
@@ -37,28 +37,29 @@ _CHUNK = 2**24  # gates judged at once
 def ties(
     shape: FfnShape, tokens: int, dtype: torch.dtype, device: torch.device, seed: int, rule: Selection
 ) -> FfnTensors:
-    """Gates that are multiples of 1/32, exact and full of ties; weights and dy that show single channels.
+    """Integers times a power of two for gates, full of ties; weights and dy that show single channels.
 
-    x is plus or minus one of `_ROW_MAGNITUDES` and w_gate minus one, zero or one, times a power of two. A
-    constant column lifts all gates by about one, so that for any usual K the K-th lies where silu is not near
-    zero: a channel with a gate of zero could be kept or not without a difference. Channel i is written to
-    column i mod d alone, by a w_down row with one entry, and dy has one entry in up to d tokens: so elements
-    of y and dw_down are single channels' values, and one wrong channel in one token is an error of 100 %
-    somewhere, not of 1/sqrt(K) of a norm.
+    x is plus or minus a power of two that differs between tokens, and w_gate minus one, zero or one, times
+    2**-7. A constant column lifts the gates of some tokens to about +1, of others to -1 (not for `topk_abs`,
+    whose score has its minimum there), and of others not at all. No integer exceeds 256, partial sums
+    included, so all are exact in bf16. Channel i is written to column i mod d alone, by a w_down row with one
+    entry, and dy has one entry in up to d tokens: so elements of y and dw_down are single channels' values,
+    and one wrong channel in one token is an error of 100 % somewhere, not of 1/sqrt(K) of a norm.
     """
     generator = torch.Generator(device).manual_seed(seed)
     base = natural_tensors(shape, tokens, dtype, device, seed)
     d, d_ffn = shape.d_model, shape.d_ffn
 
-    signs = torch.randint(0, 2, (tokens, d), generator=generator, device=device).mul_(2).sub_(1)
-    magnitudes = torch.tensor(_ROW_MAGNITUDES, device=device)[torch.arange(tokens, device=device) % 4]
-    x = (signs * magnitudes[:, None]).to(dtype)
-    x[:, 0] = 1.0
+    token = torch.arange(tokens, device=device)
+    x = torch.randint(0, 2, (tokens, d), generator=generator, device=device).mul_(2).sub_(1).to(dtype)
+    lifts = torch.tensor([1.0, 1.0 if rule.rule == "topk_abs" else -1.0, 0.0], device=device)
+    x[:, 0] = lifts[token % 3].to(dtype)
+    x *= torch.tensor([0.5, 1.0, 2.0, 4.0], device=device)[token % 4, None].to(dtype)
 
     density = min(1.0, _TIES_STD**2 / d)
     draw = torch.rand((d_ffn, d), generator=generator, device=device)
-    w_gate = ((draw < density / 2).to(dtype) - (draw > 1 - density / 2).to(dtype)) * _TIES_SCALE
-    w_gate[:, 0] = _TIES_LIFT * _TIES_SCALE
+    w_gate = ((draw < density / 2).to(dtype) - (draw > 1 - density / 2).to(dtype)) * _TIES_UNIT
+    w_gate[:, 0] = _TIES_LIFT * _TIES_UNIT
 
     channels = torch.arange(d_ffn, device=device)
     w_down = torch.zeros_like(base.w_down)
@@ -118,9 +119,9 @@ def chunk_rows(tokens: int, d_ffn: int) -> list[slice]:
 
 
 def _require_decided(tensors: FfnTensors, rule: Selection) -> None:
-    """Raise RuntimeError unless rounding the exact gates changes no choice."""
-    for rows in chunk_rows(tensors.x.shape[0], tensors.w_gate.shape[0]):
-        exact = tensors.x[rows].double() @ tensors.w_gate.double().T
-        rounded = exact.to(tensors.x.dtype)
-        if not torch.equal(select_mask(exact, rule), select_mask(rounded, rule)):
-            raise RuntimeError(f"the gate's inputs leave the choice of {rule} to rounding in {rounded.dtype}")
+    """Raise RuntimeError unless rounding the exact gates changes no choice; a first chunk stands for all."""
+    rows = chunk_rows(tensors.x.shape[0], tensors.w_gate.shape[0])[0]
+    exact = tensors.x[rows].double() @ tensors.w_gate.double().T
+    rounded = exact.to(tensors.x.dtype)
+    if not torch.equal(select_mask(exact, rule), select_mask(rounded, rule)):
+        raise RuntimeError(f"the gate's inputs leave the choice of {rule} to rounding in {rounded.dtype}")

@@ -5,8 +5,10 @@ Each choice of measurement is argued where it is made: `CudaSampler`, `L2Flush`,
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ from harness.measure.memory import is_out_of_memory
 FLUSH_FACTOR = 4  # times the last-level cache: replacement is not strictly by age, so 1x leaves lines behind
 MAX_CPU_FLUSH_BYTES = 128 * 1024 * 1024
 WARMUP_CALLS = 3  # of every contender, before its first sample
+CPU_WARMUP_CALLS = 1  # there are no clocks to raise and no streams to fill, and calls are long
 _CPU_COPIES = 8
 _BACKLOG_MS = 0.1  # first length of the spin; it doubles until it is enough
 _BACKLOG_TRIES = 9  # so the longest is 25 ms; no host needs that long to queue a call that does not wait
@@ -80,7 +83,7 @@ class CpuSampler:
     def add(self, contender: Contender) -> None:
         """See `Sampler`."""
         self._contenders[contender.name] = contender
-        for _ in range(WARMUP_CALLS):
+        for _ in range(CPU_WARMUP_CALLS):
             self.sample(contender.name)
 
     def sample(self, name: str) -> float:
@@ -167,8 +170,8 @@ class L2Flush:
     """Leaves the L2 full of clean lines nobody needs.
 
     A write pass over four times the L2 (its size is the device's own figure) evicts everything. It leaves the
-    cache full of *dirty* lines, whose write-back would be charged to the work that follows, up to 17 us on an
-    H100; so a read pass over the same buffer follows, which replaces them by clean ones.
+    cache full of *dirty* lines, whose write-back would be charged to the work that follows (50 MB at 3 TB/s
+    are 17 us on an H100); so a read pass over the same buffer follows, which replaces them by clean ones.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -195,6 +198,7 @@ class _EventTimer:
         self._call = call
         self._calls = calls
         self._cycles = int(_BACKLOG_MS * cycles_per_ms)
+        self._most_cycles = self._cycles << (_BACKLOG_TRIES - 1)
         self._start = torch.cuda.Event(enable_timing=True)
         self._end = torch.cuda.Event(enable_timing=True)
         self.host_bound = False
@@ -211,7 +215,7 @@ class _EventTimer:
             self._end.synchronize()
             if not too_late:
                 return self._start.elapsed_time(self._end) / self._calls
-            self._cycles *= 2
+            self._cycles = min(2 * self._cycles, self._most_cycles)
         self.host_bound = True
         return self._start.elapsed_time(self._end) / self._calls
 
@@ -229,7 +233,7 @@ def rotated_copies(copy_bytes: int, device: torch.device) -> int:
 
 
 def cpu_flush_bytes() -> int:
-    """Twice the largest cache of core 0 (32 MiB where the system does not say), at most 128 MiB."""
+    """Twice the largest cache of core 0, taken to be at least 32 MiB; at most 128 MiB in all."""
     sizes = [32 * 1024**2]
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         text = path.read_text(encoding="ascii").strip()
@@ -269,26 +273,52 @@ def load_libraries(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def _warm_up_on_side_stream(contender: Contender) -> None:
+    """Call it a few times where a capture would, the last time refusing to wait for the device.
+
+    Raises CaptureError if it waits. Most work that cannot be captured is found out here, before a capture is
+    begun: one that fails midway leaves PyTorch's allocator in a state that is hard to mend.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(WARMUP_CALLS):
-            if contender.prepare is not None:
-                contender.prepare()
-            contender.call()
+        for call in range(WARMUP_CALLS):
+            _on_wait("error" if call == WARMUP_CALLS - 1 else "default")
+            try:
+                if contender.prepare is not None:
+                    contender.prepare()
+                contender.call()
+            except RuntimeError as error:
+                if "synchronizing CUDA operation" not in str(error):
+                    raise
+                raise CaptureError(contender.name, "it waits for the device") from error
+            finally:
+                _on_wait("default")
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
 
 
+def _on_wait(mode: str) -> None:
+    """What happens when work waits for the device: "default" (nothing) or "error"."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the mode announces itself as a prototype
+        torch.cuda.set_sync_debug_mode(mode)
+
+
 def _capture(name: str, work: Callable[[], object], pool: Any) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
+    stream = torch.cuda.current_stream()
     try:
         with torch.cuda.graph(graph, pool=pool):
             work()
     except RuntimeError as error:
+        torch.cuda.set_stream(stream)  # an end of capture that fails leaves the capture's stream current
+        # PyTorch 2.11 leaves its allocator recording after a failed end (pytorch/pytorch#180395), and then
+        # `empty_cache` frees nothing. Versions that mend it themselves refuse a second end.
+        with contextlib.suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
         if is_out_of_memory(error):
             raise
-        raise CaptureError(name, str(error).split("\n")[0]) from error
+        raise CaptureError(name, str(error).partition("\n")[0]) from error
     return graph
 
 

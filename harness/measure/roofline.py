@@ -8,6 +8,7 @@ follows.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
@@ -156,21 +157,25 @@ def stored_ceilings(device: torch.device) -> Ceilings | None:
 
 
 def ensure_ceilings(device: torch.device) -> Ceilings:
-    """The stored ceilings, measured and stored with the environment first if there are none."""
+    """The stored ceilings, measured and stored with the environment first if there are none.
+
+    Where the cache folder cannot be written they are measured each time.
+    """
     known = stored_ceilings(device)
     if known is not None:
         return known
     ceilings = measure_ceilings(device)
     path = _ceilings_path(device)
-    path.parent.mkdir(parents=True, exist_ok=True)
     record = {
         **asdict(ceilings),
         "measured_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "environment": environment_record(device.type),
     }
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(path)
     return ceilings
 
 

@@ -80,12 +80,6 @@ def paired_ratio(
     return median_estimate(first / second, seed, n_resamples=n_resamples, statistic="median_paired_ratio")
 
 
-def paired_difference(minuend: ArrayLike, subtrahend: ArrayLike, seed: int = 0) -> Estimate:
-    """Median of `minuend - subtrahend` of each round. Raises ValueError as `_pairs` does."""
-    first, second = _pairs(minuend, subtrahend)
-    return median_estimate(first - second, seed, statistic="median_paired_difference")
-
-
 def rate(amount: float, time: Estimate) -> Estimate:
     """`amount` per time; the interval's ends swap."""
     return Estimate(

@@ -113,6 +113,7 @@ def open_sampler(
         raise ValueError(f"timing mode {mode!r} is not one of {', '.join(MODES)}")
     if not names or len(set(names)) != len(names):
         raise ValueError(f"contenders need distinct names, got {names}")
+    gc.collect()  # garbage of what came before; none is collected while samples are taken
     if device.type != "cuda":
         on_cpu = CpuSampler()
         _add_all(on_cpu, contenders, on_start)
@@ -227,8 +228,7 @@ def _add_all(
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Collect once, then not again while samples are taken: a pause would hit whoever is running."""
-    gc.collect()
+    """None while samples are taken: a pause would hit whoever is running."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -68,7 +68,7 @@ class Entry:
     @property
     def name(self) -> str:
         """Tells the entry from its rivals."""
-        return f"{self.method.name} {self.selection}" if self.selection is not None else self.method.name
+        return f"{self.point.method} {self.selection}" if self.selection is not None else self.point.method
 
     def declared_saved_bytes(self, group: Group) -> float | None:
         """Bytes saved per token and layer by the method's own formula; None if it has none."""

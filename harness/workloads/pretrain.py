@@ -298,6 +298,8 @@ def _report_quality(report: Reporter, point: Point, result: TrainResult, bytes_p
             n_samples=estimate.n_samples,
             statistic=estimate.statistic,
         )
+    # The same windows for every method: their differences pair, which a difference of means does not.
+    report.samples(point, "eval_window_loss_nats", result.evaluations[-1].window_losses)
     report.measure(point, "train_tokens_seen", float(result.evaluations[-1].tokens_seen))
     report.samples(
         point,

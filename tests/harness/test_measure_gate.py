@@ -94,9 +94,7 @@ def test_choosing_from_unrounded_gates_is_as_right_as_from_rounded_ones(rule: st
 
 
 def test_on_natural_gates_that_would_not_be_so() -> None:
-    """On normal data rounding swaps channels in a good part of the tokens: why the gate makes its own
-    data.
-    """
+    """On normal data rounding swaps channels in many tokens: why the gate makes its own data."""
     generator = torch.Generator().manual_seed(0)
     gates = torch.randn(200, 2048, generator=generator)
     rule = parse_selection("topk:0.1875")
@@ -143,18 +141,15 @@ def test_a_wrong_choice_of_channels_is_caught(
     assert "ties." in result.detail
 
 
-def test_one_channel_too_few_of_very_many_is_caught_although_the_norm_hides_it() -> None:
-    """At K = 1024 one missing channel is within the Frobenius tolerance, and the element bound sees it."""
-    shape, rule = FfnShape(d_model=64, d_ffn=2048), parse_selection("topk:0.5")
+def test_one_channel_too_few_in_one_token_is_caught_although_the_norm_hides_it() -> None:
+    """The Frobenius error stays within the tolerance, and the element bound sees it."""
 
-    class Wide(Masked):
-        def __init__(self) -> None:
-            FfnWeights.__init__(self, shape)
-            self.choose, self.rule = one_fewer, rule
-            self.product = lambda g, u: F.silu(g) * u
+    def once(g: Tensor, rule: Selection) -> Tensor:
+        mask = select_mask(g, rule).clone()
+        mask[0] = one_fewer(g, rule)[0]
+        return mask
 
-    layer = Wide().bfloat16()
-    result = gate.check(layer, ffn_weights(layer, shape), moc_reference, rule, 64, seed=0)
+    result = judge(Masked(once, parse_selection("topk:0.1875")), "topk:0.1875", tokens=192)
     assert not result.ok
     assert result.errors["ties.y"].frobenius < gate.TOLERANCE[torch.bfloat16]
     assert result.errors["ties.y"].element > gate.ELEMENT_TOLERANCE
@@ -291,7 +286,19 @@ def test_tie_data_have_ties_exactly_where_the_rule_cuts(rule: str) -> None:
         gates, mask = gates.reshape(-1, 8), mask.reshape(-1, 8)
     kept = torch.where(mask, gates, torch.inf).min(dim=1).values
     left = torch.where(mask, -torch.inf, gates).max(dim=1).values
-    assert (kept == left).float().mean() > (0.6 if selection.rule == "topk" else 0.02)
+    assert (kept == left).float().mean() > (0.7 if selection.rule == "topk" else 0.03)
+    largest = float((gates.abs() / gates.abs()[gates != 0].min()).max())
+    assert largest <= 4 / 0.5 * 256  # integers up to 256, in rows of magnitudes 1/2 to 4
+
+
+def test_tie_data_are_exact_even_when_partial_sums_are_rounded() -> None:
+    """A GEMM that adds bf16 partial sums, as cuBLAS may, gets the same gates."""
+    data = gate_data.ties(SHAPE, 64, torch.bfloat16, CPU, 0, parse_selection("topk:0.1875"))
+    exact = data.x.double() @ data.w_gate.double().T
+    total = torch.zeros(64, SHAPE.d_ffn, dtype=torch.bfloat16)
+    for start in range(0, SHAPE.d_model, 8):
+        total = total + data.x[:, start : start + 8] @ data.w_gate[:, start : start + 8].T
+    assert torch.equal(total.double(), exact)
 
 
 def test_gap_data_have_a_gap_where_the_rule_cuts() -> None:

@@ -187,7 +187,7 @@ def test_on_the_cpu_every_contender_is_prepared_called_and_told_alike() -> None:
     times = time_paired([contender("a", 1), contender("b", 50)], settings, CPU, on_start=started.append)
     assert started == ["a", "b"]
     assert Counter(log) == Counter(
-        {f"{n} {w}": 4 + launch.WARMUP_CALLS for n in "ab" for w in ("prepare", "call")}
+        {f"{n} {w}": 4 + launch.CPU_WARMUP_CALLS for n in "ab" for w in ("prepare", "call")}
     )
     assert all(log[i].endswith("prepare") == (i % 2 == 0) for i in range(len(log)))
     assert times.mode == "cpu"
@@ -206,7 +206,7 @@ def test_a_sample_does_not_hold_the_time_of_giving_its_result_back() -> None:
                 pass
 
     times = time_paired([Contender("a", Slow)], TimingSettings(min_rounds=4, max_rounds=4), CPU)
-    assert Slow.released == 4 + launch.WARMUP_CALLS
+    assert Slow.released == 4 + launch.CPU_WARMUP_CALLS
     assert np.median(times.samples["a"]) < 0.5  # the loop takes milliseconds
 
 
@@ -231,6 +231,8 @@ class SimulatedGpu:
         self.host = 0.0
         self.device = 0.0
         self.capturing = False
+        self.sync_mode = "default"
+        self.watched = True  # whether the debug mode sees that work waits
 
     def kernel(self, duration: float, host_cost: float = 0.01) -> None:
         if self.capturing:
@@ -240,6 +242,8 @@ class SimulatedGpu:
         self.device = max(self.device, self.host) + duration
 
     def wait(self) -> None:
+        if self.sync_mode == "error" and self.watched:
+            raise RuntimeError("called a synchronizing CUDA operation")
         if self.capturing:
             raise RuntimeError("operation not permitted when stream is capturing\nmore lines")
         self.host = max(self.host, self.device)
@@ -296,7 +300,10 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimulatedGpu:
         "Stream": lambda: stream,
         "stream": lambda s: nullcontext(),
         "current_stream": lambda: stream,
-        "synchronize": lambda: device.wait(),
+        "set_stream": lambda s: None,
+        "current_device": lambda: 0,
+        "set_sync_debug_mode": lambda mode: setattr(device, "sync_mode", mode),
+        "synchronize": lambda: None,
         "empty_cache": lambda: None,
     }
     for name, value in replacements.items():
@@ -340,8 +347,15 @@ def test_a_graph_is_timed_by_its_replay_and_per_unit(gpu: SimulatedGpu) -> None:
     assert sampler.sample("a") == pytest.approx(0.2)
 
 
-def test_one_that_cannot_be_captured_sends_all_to_eager_launches_and_says_so(gpu: SimulatedGpu) -> None:
-    """Rivals are never compared across launch modes: a failed capture changes the mode of everybody."""
+@pytest.mark.parametrize(
+    ("watched", "reason"),
+    [(True, "it waits for the device"), (False, "operation not permitted when stream is capturing")],
+)
+def test_one_that_cannot_be_captured_sends_all_to_eager_launches_and_says_so(
+    gpu: SimulatedGpu, watched: bool, reason: str
+) -> None:
+    """Rivals are never compared across launch modes: one without a graph changes the mode of everybody."""
+    gpu.watched = watched
 
     def waits() -> None:
         gpu.kernel(0.1)
@@ -350,11 +364,9 @@ def test_one_that_cannot_be_captured_sends_all_to_eager_launches_and_says_so(gpu
     contenders = [Contender("fine", lambda: gpu.kernel(0.1)), Contender("waits", waits)]
     sampler, notes = open_sampler(contenders, torch.device("cuda"), "graph_rotated")
     assert sampler.mode == "launch_rotated"
-    assert notes == [
-        "all launched eagerly, since waits cannot be captured in a CUDA graph: "
-        "operation not permitted when stream is capturing"
-    ]
+    assert notes == [f"all launched eagerly, since waits cannot be captured in a CUDA graph: {reason}"]
     assert sampler.sample("fine") == pytest.approx(0.1)
+    assert gpu.sync_mode == "default"
 
 
 def test_graphs_that_do_not_fit_in_memory_send_all_to_eager_launches(gpu: SimulatedGpu) -> None:
