@@ -17,16 +17,17 @@ SHORT_RUN_TOKENS_PER_PARAMETER = 20
 NOISY_RATIO = 0.1
 
 
-def findings(rows: pd.DataFrame) -> list[str]:
+def findings(rows: pd.DataFrame, samples: pd.DataFrame | None = None) -> list[str]:
     """What the rows of a sweep show, one sentence or two per item; devices are never mixed.
 
     `rows` are the current rows of a sweep (`harness.store.read_rows`). Misaligned shapes and failed points
-    support no sentence except the one that counts them. Empty rows give an empty list.
+    support no sentence except the one that counts them. Empty rows give an empty list. With the raw `samples`
+    the loss gap is paired over the windows of the validation text.
     """
     sentences: list[str] = []
     if rows.empty:
         return sentences
-    points = point_table(rows)
+    points = point_table(rows, samples)
     devices = list(dict.fromkeys(points["device_name"]))
     for device in devices:
         prefix = f"{device}: " if len(devices) > 1 else ""
@@ -213,6 +214,8 @@ def _source_of_doubt(known: pd.DataFrame) -> str:
         return f"95 % over {seeds} seeds"
     if known["loss_gap_ci_low"].isna().all():
         return "no interval measured"
+    if known["gap_paired"].all():
+        return "95 % over the same windows of validation text, paired; one seed's noise is not in it"
     return "interval of the validation text alone, the two runs taken as independent"
 
 

@@ -127,10 +127,10 @@ def _device_section(
     tail: str,
     device: str,
 ) -> tuple[list[Block], list[Path]]:
-    points = point_table(rows)
+    points = point_table(rows, samples)
     summary = summarise(points)
     blocks: list[Block] = [Heading(2, device)]
-    sentences = findings(rows)
+    sentences = findings(rows, samples)
     if sentences:
         blocks += [Heading(3, "What the numbers say"), Bullets(tuple(sentences))]
     headline = headline_table(rows)

@@ -5,6 +5,7 @@ import types
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import moc
 from moc import METHODS, DenseFFN, FfnShape, Method, MoCFFN, get_method, parse_selection
@@ -161,3 +162,14 @@ def test_library_does_not_know_the_harness() -> None:
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
         == "[]\n"
     )
+
+
+@pytest.mark.parametrize("name", ["dense", "dense_gu", "moc_reference", "act_prune"])
+def test_the_flop_counter_sees_nine_matrix_products(name: str) -> None:
+    """Forward has three products of 2 T d d_ffn operations, backward six, opaque op or not."""
+    method, shape = get_method(name), FfnShape(16, 64)
+    ffn = method.make(shape, parse_selection("topk:0.25") if method.takes_selection else None)
+    x = torch.randn(2, 5, 16, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        ffn(x).sum().backward()
+    assert counter.get_total_flops() == 9 * 2 * 10 * 16 * 64
