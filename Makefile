@@ -32,7 +32,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(BASE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "mocbench needs Python 3.11 or newer; $(BASE_PYTHON) is $$($(BASE_PYTHON) -V 2>&1). Name one: make BASE_PYTHON=python3.12 ..."; exit 2; }
 	@test -x $(VENV)/bin/python || $(BASE_PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,hf]'
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,hf,liger]'
 	@touch $@
 
 sweep: $(READY) ## measure: sweeps/quick.yaml without a GPU, sweeps/h100_first.yaml with one, or SWEEP=...
@@ -47,8 +47,8 @@ status: $(READY) ## what is measured, what is missing, what failed
 report: $(READY) ## write the tables, plots and report of SWEEP again from its rows
 	$(MOCBENCH) report $(SWEEP)
 
-dashboard: $(READY) ## open the Optuna dashboard on the study of SWEEP (loopback only)
-	$(MOCBENCH) dashboard $(SWEEP)
+dashboard: $(READY) ## serve the Optuna dashboard of SWEEP on loopback; ARGS='--storage URL' for a database
+	$(MOCBENCH) dashboard $(SWEEP) $(ARGS)
 
 test: $(READY) ## run the tests
 	$(PY) -m pytest $(ARGS)

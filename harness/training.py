@@ -92,6 +92,11 @@ class TrainConfig:
         """Numbers of steps done at which the model is evaluated; 0 is untrained."""
         return sorted({round(fraction * self.n_steps) for fraction in self.eval_fractions})
 
+    @property
+    def eval_percents(self) -> dict[int, int]:
+        """Percent of the training that each of `eval_steps` stands for, before rounding to whole steps."""
+        return {round(fraction * self.n_steps): round(100 * fraction) for fraction in self.eval_fractions}
+
     def lr_at(self, step: int) -> float:
         """Learning rate of one step: linear up to `lr`, then half a cosine down to its least."""
         warmup = max(1, round(self.warmup_fraction * self.n_steps))
@@ -140,7 +145,8 @@ class Trainer:
 
     `compile_loss` puts the loss, that is the whole model, through torch.compile. Evaluation always runs the
     uncompiled model: compiling it as well would cost more than it saves. `measure_peak` is given a function
-    that runs a few ordinary training steps and returns their peak memory in bytes.
+    that runs a few ordinary training steps and returns their peak memory in bytes. `on_evaluation` hears of
+    each evaluation with the percent of the training it stands for.
     """
 
     def __init__(
@@ -151,16 +157,19 @@ class Trainer:
         device: torch.device,
         *,
         compile_loss: bool = False,
+        compile_mode: str | None = None,
         measure_peak: Callable[[Callable[[], None]], int] | None = None,
         checkpoints: Checkpoints | None = None,
         on_step: Callable[[int, float], None] | None = None,
+        on_evaluation: Callable[[int, Evaluation], None] | None = None,
     ) -> None:
         self.config = config
         self.result = TrainResult()
         self._model = model.to(device)
         self._device = device
         language_model = cast(LanguageModel, model)
-        self._loss = torch.compile(language_model.loss) if compile_loss else language_model.loss
+        loss = language_model.loss
+        self._loss = torch.compile(loss, mode=compile_mode) if compile_loss else loss
         self._optimizer = make_optimizer(model, config)
         self._batches = TrainingBatches(
             dataset.train, config.seq_len, config.tokens_per_step // config.seq_len, config.seed
@@ -172,6 +181,7 @@ class Trainer:
         self._measure_peak = measure_peak
         self._checkpoints = checkpoints
         self._on_step = on_step
+        self._on_evaluation = on_evaluation
         self._step = 0  # steps launched
         self._saved_at = time.monotonic()
 
@@ -218,6 +228,8 @@ class Trainer:
             raise DivergedError(f"validation loss is not finite after step {self._step}")
         seen = self._step * self.config.tokens_per_step
         self.result.evaluations.append(Evaluation(seen, losses.tolist()))
+        if self._on_evaluation is not None:
+            self._on_evaluation(self.config.eval_percents[self._step], self.result.evaluations[-1])
 
     def _run_untimed(self, end: int) -> None:
         """Steps whose time is not kept, except that of the very first."""

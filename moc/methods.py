@@ -16,6 +16,7 @@ judged by the same rules without touching this package. The part after the colon
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -30,6 +31,7 @@ from moc.reference import (
     dense_forward_backward,
     moc_forward_backward,
 )
+from moc.rivals import FP8_ROUNDOFF, Fp8FFN, FusedFFN, LigerFFN
 from moc.selection import Selection
 
 ALL_DTYPES = frozenset({"fp64", "fp32", "fp16", "bf16"})
@@ -52,6 +54,11 @@ class Method:
     device_types: frozenset[str] = ALL_DEVICES
     backward: bool = True  # can be trained
     decode: bool = True  # can generate token by token
+    compile_mode: str | None = None  # of torch.compile; None: its default
+    requires: str | None = None  # an importable package of an optional extra
+    # unit roundoff of the format activations are kept in, where that is coarser than the dtype: gradients may
+    # be off by it
+    kept_roundoff: float = 0.0
     # (shape, k, itemsize) -> bytes kept per token between forward and backward, x included and weights not;
     # None: not known by formula
     saved_bytes_per_token: Callable[[FfnShape, int, int], float] | None = None
@@ -75,6 +82,8 @@ class Method:
         if device_type not in self.device_types:
             valid = near_miss(device_type, self.device_types)
             return f"method {self.name} does not run on {device_type}; {valid}"
+        if self.requires is not None and importlib.util.find_spec(self.requires) is None:
+            return f"method {self.name} needs the package {self.requires}, which is not installed"
         if not self.takes_selection:
             return None
         if selection is None:
@@ -99,7 +108,7 @@ def get_method(name: str) -> Method:
         raise ValueError(
             f"unknown method {name!r}; {near_miss(name, METHODS)}; or package.module:factory for one's own"
         )
-    if not module_name or not attribute:
+    if not all(part.isidentifier() for part in (*module_name.split("."), attribute)):
         raise ValueError(f"method {name!r}: expected package.module:factory")
     try:
         module = importlib.import_module(module_name)
@@ -181,6 +190,47 @@ METHODS: dict[str, Method] = {
             compile=True,
             reference=_dense_reference,
             device_types=frozenset({"cuda"}),  # elsewhere nothing is compiled, so it would be `dense` again
+        ),
+        Method(
+            name="dense_autotuned",
+            make=lambda shape, _selection: DenseFFN(shape),
+            is_dense=True,
+            takes_selection=False,
+            compile=True,
+            compile_mode="max-autotune-no-cudagraphs",
+            reference=_dense_reference,
+            device_types=frozenset({"cuda"}),
+        ),
+        Method(
+            name="dense_fused",
+            make=lambda shape, _selection: FusedFFN(shape),
+            is_dense=True,
+            takes_selection=False,
+            compile=True,
+            reference=_dense_reference,
+            device_types=frozenset({"cuda"}),
+        ),
+        Method(
+            name="dense_liger",
+            make=lambda shape, _selection: LigerFFN(shape),
+            is_dense=True,
+            takes_selection=False,
+            compile=False,
+            reference=_dense_reference,
+            dtypes=frozenset({"fp32", "fp16", "bf16"}),
+            device_types=frozenset({"cuda"}),
+            requires="liger_kernel",
+            saved_bytes_per_token=lambda shape, _k, size: (shape.d_model + 3 * shape.d_ffn) * size,
+        ),
+        Method(
+            name="dense_fp8",
+            make=lambda shape, _selection: Fp8FFN(shape),
+            is_dense=False,  # its gradients are rounded, so it is no exact dense baseline
+            takes_selection=False,
+            compile=True,
+            reference=_dense_reference,
+            kept_roundoff=FP8_ROUNDOFF,
+            saved_bytes_per_token=lambda shape, _k, size: shape.d_model * size + 2 * (shape.d_ffn + 4),
         ),
         Method(
             name="dense_recompute",

@@ -82,6 +82,7 @@ def check(
     *,
     backward: bool = True,
     draws: int = 1,
+    kept_roundoff: float = 0.0,
 ) -> GateResult:
     """Check y = run(x) and its gradients for `tokens` tokens against `reference`.
 
@@ -90,6 +91,10 @@ def check(
     timed, since another shape could take another kernel, and would make torch.compile give up static shapes.
     The truth is computed from the same (narrow) inputs in float64, in chunks of tokens. Without `backward`,
     only y is checked, computed without a graph. `draws` repeats it all on other data, for few tokens.
+    `kept_roundoff` is the unit roundoff of the format in which a method keeps activations, if that is
+    coarser than the dtype (2^-4 for fp8 e4m3): it widens the bounds of the gradients, not of y. Two factors
+    are rounded by 0.42 of it each and amplified by up to 1.5, which makes 0.9 of it; 1.5 of it is allowed,
+    and 4 of it for a single element.
     """
     w_gate = weights["w_gate"]
     shape = FfnShape(d_model=w_gate.shape[1], d_ffn=w_gate.shape[0])
@@ -113,13 +118,15 @@ def check(
         worst = float("inf")  # a tensor is missing or is another kind of tensor
     tolerance = TOLERANCE[w_gate.dtype]
     for name, error in errors.items():
-        if not error.frobenius <= tolerance:
+        rounded = 0.0 if name.endswith(".y") else kept_roundoff
+        allowed, element_allowed = tolerance + 1.5 * rounded, ELEMENT_TOLERANCE + 4 * rounded
+        if not error.frobenius <= allowed:
             problems.append(
-                f"{name} off by {error.frobenius:.2e} (relative Frobenius), allowed {tolerance:.1e}"
+                f"{name} off by {error.frobenius:.2e} (relative Frobenius), allowed {allowed:.1e}"
             )
-        elif not error.element <= ELEMENT_TOLERANCE:
+        elif not error.element <= element_allowed:
             problems.append(
-                f"{name} has an element off by {error.element:.2f} of its size, allowed {ELEMENT_TOLERANCE}"
+                f"{name} has an element off by {error.element:.2f} of its size, allowed {element_allowed:.2f}"
             )
     return GateResult(not problems, worst, errors, "; ".join(dict.fromkeys(problems)))
 

@@ -141,7 +141,9 @@ def compiled(group: Group, entry: Entry, module: nn.Module) -> nn.Module:
         return module
     torch._dynamo.config.recompile_limit = _RECOMPILE_LIMIT
     torch._dynamo.config.accumulated_recompile_limit = _RECOMPILE_LIMIT
-    run: nn.Module = torch.compile(module, dynamic=False)  # type: ignore[assignment]
+    run: nn.Module = torch.compile(  # type: ignore[assignment]
+        module, dynamic=False, mode=entry.method.compile_mode
+    )
     return run
 
 

@@ -120,6 +120,7 @@ def _admit(bench: _Bench, point: Point) -> _Candidate | None:
                 entry.selection,
                 group.tokens,
                 group.seed + 1,
+                kept_roundoff=entry.method.kept_roundoff,
             )
     except (RuntimeError, MemoryError) as error:
         if not memory.is_out_of_memory(error):

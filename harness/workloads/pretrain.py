@@ -30,6 +30,7 @@ from harness.points import Point
 from harness.training import (
     AUTOCAST_DTYPES,
     DivergedError,
+    Evaluation,
     TrainConfig,
     Trainer,
     TrainResult,
@@ -142,6 +143,12 @@ def _train_and_report(
             last_read = time.monotonic()
             blocks.append(reader.read())
 
+    def on_evaluation(percent: int, evaluation: Evaluation) -> None:
+        if 0 < percent < 100:
+            nats, per_token = evaluation.loss, trainer.text.bytes_per_token
+            quality = {"perplexity": perplexity(nats), "bits_per_byte": bits_per_byte(nats, per_token)}
+            report.intermediate(point, percent, {"eval_loss_nats": nats, **quality})
+
     model = Llama(config, lambda: method.make(config.ffn, selection), seed=point.seed)
     checkpoints = None
     if job.measure.checkpoint_seconds is not None:
@@ -153,9 +160,11 @@ def _train_and_report(
         train_config(point),
         device,
         compile_loss=compiled,
+        compile_mode=method.compile_mode,
         measure_peak=peak.measure if job.measure.memory else None,
         checkpoints=checkpoints,
         on_step=on_step,
+        on_evaluation=on_evaluation,
     )
     result = trainer.run()
     _report_speed(report, point, result, compiled, median_sm_clock(blocks), any_throttled(blocks))
@@ -181,7 +190,7 @@ def _saved_bytes_per_token(model: Llama, point: Point, device: torch.device, com
     another number.
     """
     layer = model.layers[0].get_submodule("ffn")
-    forward = torch.compile(layer) if compiled else layer
+    forward = torch.compile(layer, mode=get_method(point.method).compile_mode) if compiled else layer
     x = torch.randn(1, SAVED_TOKENS, point.d_model, device=device, requires_grad=True)
     with autocast(device, point.dtype):
         saved = saved_bytes(lambda: forward(x), layer.parameters(), [x])
