@@ -136,6 +136,21 @@ def _note(line: pd.Series) -> str:
     return ", ".join(notes)
 
 
+def memory_formula_table(checked: pd.DataFrame) -> pd.DataFrame:
+    """The lines of `harness.memory_formula.memory_formula` with units and signs, for people."""
+    columns: dict[str, _Cell] = {
+        "model": lambda line: str(line["preset"]),
+        "seq_len": lambda line: f"{line['seq_len']:.0f}",
+        "method": lambda line: str(line["method"]),
+        "selection": lambda line: str(line["selection"] or text.DASH),
+        "against": lambda line: str(line["against"]),
+        "measured peak": lambda line: text.size(line["measured_bytes"]),
+        "by formula": lambda line: text.size(line["predicted_bytes"]),
+        "error %": lambda line: text.signed(100 * line["error"], 1),
+    }
+    return _build(checked, columns)
+
+
 def failure_table(points: pd.DataFrame) -> pd.DataFrame:
     """The points without a measurement: which, how they ended and why (first characters of the reason)."""
     failed = failures(points)

@@ -95,10 +95,12 @@ def test_measured_paired_ratio_wins_over_the_quotient() -> None:
     rows = frame(
         point("dense", None, {"step_ms": 2.0, "speedup_vs_best_dense": 1.0}, workload="ffn_train"),
         point(
-            "moc_reference", TOPK, {"step_ms": 4.0, "speedup_vs_best_dense": (0.52, 0.51, 0.53)},
+            "moc_reference",
+            TOPK,
+            {"step_ms": 4.0, "speedup_vs_best_dense": (0.52, 0.51, 0.53)},
             workload="ffn_train",
         ),
-    )  # fmt: skip
+    )
     found = line(rows)
     assert (found["x_best_dense"], found["x_best_dense_ci_low"]) == (0.52, 0.51)
     assert found["paired"]
@@ -166,14 +168,15 @@ def test_three_seeds_give_a_t_interval_of_paired_differences() -> None:
 
 @pytest.mark.parametrize(
     "other",
-    [{"seq_len": 512}, {"device": CPU}, {"seed": 1}, {"dtype": "fp16"}, {"train_tokens": 1}, {"tokens": 8192}, {"eval_tokens": 1}],
+    [
+        *({"seq_len": 512}, {"device": CPU}, {"seed": 1}, {"dtype": "fp16"}),
+        *({"train_tokens": 1}, {"tokens": 8192}, {"eval_tokens": 1}),
+    ],
     ids=lambda other: next(iter(other)),
 )
 def test_points_of_another_cell_never_compare(other: dict[str, Any]) -> None:
     """A dense method of another length, device, seed, dtype, budget or batch is no baseline."""
-    rows = frame(
-        point("dense", None, trained(1000), **other), point("moc_reference", TOPK, trained(500))
-    )
+    rows = frame(point("dense", None, trained(1000), **other), point("moc_reference", TOPK, trained(500)))
     found = line(rows)
     assert found["baseline"] == ""
     assert math.isnan(found["x_best_dense"])
@@ -248,7 +251,7 @@ def test_headline_of_a_sweep_without_training_is_the_ffn_layer() -> None:
 
 
 def test_memory_is_named_for_what_it_is_on_each_device() -> None:
-    """CUDA rows speak of allocated memory, CPU rows of the resident set, and say it means nothing on a GPU."""
+    """CUDA rows speak of allocated memory, CPU rows of the resident set, which says nothing of a GPU."""
     on_gpu = " ".join(findings(gpu_rows()))
     on_cpu = " ".join(findings(quick_rows()))
     assert "peak allocated memory" in on_gpu
@@ -260,7 +263,7 @@ def test_memory_is_named_for_what_it_is_on_each_device() -> None:
 
 
 def test_sentences_carry_the_figures() -> None:
-    """One setting: ratio, both speeds, memory saving, both kinds of quality difference, and that it is unpaired."""
+    """One setting: ratio, speeds, memory saving, both quality differences, and that it is unpaired."""
     joined = " ".join(findings(three()))
     for words in (
         "at 0.75x the speed of the fastest dense method of the same run (dense_compiled; 1,500 against",
@@ -287,7 +290,8 @@ def test_short_runs_are_called_short() -> None:
     long = {"parameters": 58e6, "train_tokens_seen": 58e6 * 25}
     for counts, expected in ((short, True), (long, False)):
         rows = frame(
-            point("dense", None, trained(1000, **counts)), point("moc_reference", TOPK, trained(500, **counts))
+            point("dense", None, trained(1000, **counts)),
+            point("moc_reference", TOPK, trained(500, **counts)),
         )
         assert any("0.69 tokens per parameter" in s and "flatter" in s for s in findings(rows)) is expected
 
@@ -330,10 +334,11 @@ def test_no_rows_and_only_failures_give_no_claims() -> None:
 def test_devices_speak_one_after_the_other() -> None:
     """Rows of two devices give sentences that each name their device, with ratios inside a device only."""
     rows = frame(
-        point("dense", None, trained(1000)), point("moc_reference", TOPK, trained(500)),
+        point("dense", None, trained(1000)),
+        point("moc_reference", TOPK, trained(500)),
         point("dense", None, {"tokens_per_s": 10.0}, device=CPU),
         point("moc_reference", TOPK, {"tokens_per_s": 8.0}, device=CPU),
-    )  # fmt: skip
+    )
     sentences = findings(rows)
     assert all(sentence.startswith((f"{GPU}: ", f"{CPU}: ")) for sentence in sentences)
     assert any(s.startswith(f"{GPU}: ") and "0.50x" in s for s in sentences)
@@ -355,9 +360,10 @@ def test_the_default_k_speaks_for_the_sweep() -> None:
     table = summarise(point_table(quick_rows()))
     assert set(lead_lines(table)["selection"]) == {TOPK}
     rows = frame(
-        point("act_prune", TOPK, trained(900)), point("moc_reference", "nm:2:8", trained(800)),
+        point("act_prune", TOPK, trained(900)),
+        point("moc_reference", "nm:2:8", trained(800)),
         point("dense", None, trained(1000)),
-    )  # fmt: skip
+    )
     lead = lead_lines(summarise(point_table(rows)))
     assert list(lead["method"]) == ["moc_reference"]
 
@@ -365,16 +371,28 @@ def test_the_default_k_speaks_for_the_sweep() -> None:
 @pytest.mark.parametrize(
     ("written", "expected"),
     [
-        (text.number(1234567, 4), "1,235,000"), (text.number(0.01234), "0.0123"), (text.number(0), "0"),
-        (text.number(math.nan), "–"), (text.number(99.96), "100"), (text.number(-2.5, 2), "−2.5"),
-        (text.signed(-0.0004, 3), "0.000"), (text.signed(0.0126, 3), "+0.013"), (text.percent(18.75), "18.75 %"),
-        (text.percent(25.0), "25 %"), (text.size(1.5 * 2**30), "1.50 GiB"), (text.size(300 * 2**20), "300 MiB"),
-        (text.tokens(40e6), "40M"), (text.change([-0.2, -0.2]), "20 % below"),
-        (text.change([0.031, 0.052]), "3.1 to 5.2 % above"), (text.change([-0.3, -0.1]), "10 to 30 % below"),
-        (text.change([-0.05, 0.02]), "from 5.0 % below to 2.0 % above"), (text.change([0.0001]), "level with"),
-        (text.span([0.5, 0.71], text.ratio), "0.50x to 0.71x"), (text.span([0.5], text.ratio), "0.50x"),
+        (text.number(1234567, 4), "1,235,000"),
+        (text.number(0.01234), "0.0123"),
+        (text.number(0), "0"),
+        (text.number(math.nan), "–"),
+        (text.number(99.96), "100"),
+        (text.number(-2.5, 2), "−2.5"),
+        (text.signed(-0.0004, 3), "0.000"),
+        (text.signed(0.0126, 3), "+0.013"),
+        (text.percent(18.75), "18.75 %"),
+        (text.percent(25.0), "25 %"),
+        (text.size(1.5 * 2**30), "1.50 GiB"),
+        (text.size(300 * 2**20), "300 MiB"),
+        (text.tokens(40e6), "40M"),
+        (text.change([-0.2, -0.2]), "20 % below"),
+        (text.change([0.031, 0.052]), "3.1 to 5.2 % above"),
+        (text.change([-0.3, -0.1]), "10 to 30 % below"),
+        (text.change([-0.05, 0.02]), "from 5.0 % below to 2.0 % above"),
+        (text.change([0.0001]), "level with"),
+        (text.span([0.5, 0.71], text.ratio), "0.50x to 0.71x"),
+        (text.span([0.5], text.ratio), "0.50x"),
     ],
-)  # fmt: skip
+)
 def test_numbers_are_written_with_sensible_digits(written: str, expected: str) -> None:
     """Digits, units, signs and ranges come out as a person would write them."""
     assert written == expected

@@ -43,7 +43,7 @@ def test_state_dicts_are_interchangeable() -> None:
 
 
 def test_only_cuda_compiles() -> None:
-    """Nothing is compiled on a CPU; on CUDA everything but eager dense, with or without Liger's kernel, is."""
+    """Nothing is compiled on a CPU; on CUDA all but eager dense, with or without Liger's kernel, is."""
     assert not any(method.compiles_on("cpu") for method in METHODS.values())
     assert [name for name, method in METHODS.items() if not method.compiles_on("cuda")] == [
         "dense",

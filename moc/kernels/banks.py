@@ -1,0 +1,202 @@
+"""`nm` selection: which n gates of each bank of m neighbouring channels are the largest. Device functions.
+
+A tail bank of t < m channels keeps min(n, t). Three ways, all exact, equal gates to the lowest channel:
+
+RANK     any n and m, any dtype: a channel counts those of its bank that beat it, read again from L1; m
+         comparisons per channel.
+EXTRACT  n <= 4, m a power of two, 16-bit gates: the bank's largest is removed n - 1 times.
+BISECT   m = 32 or 64, 16-bit gates: the bank's nth largest is searched by counting, packed two channels to a
+         register; a lane holds 16 channels of a bank, so that few counts cross lanes. The search starts four
+         octaves below the bank's largest, where the nth largest nearly always lies: 10 rounds, not 16.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-redef"
+# ruff: noqa: SIM300 - capitals are compile-time constants, often on the left
+
+from __future__ import annotations
+
+import triton.language as tl
+
+from moc.kernels.primitives import jit, largest, popcount, ranked, running_total, total
+from moc.kernels.selection import compare_pairs, half, key_bits, key_score, padded_pairs, pairs_counted
+
+RANK, EXTRACT, BISECT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+_LEAST = tl.constexpr(-(1 << 31))
+
+
+def way(n: int, m: int, itemsize: int, packed: bool) -> int:
+    """The fastest of the three for n:m; `packed`: gates are of 16 bits and can be compared in pairs."""
+    if m & (m - 1) == 0:
+        if n <= 4 and itemsize == 2:
+            return EXTRACT.value
+        if m >= 32 and packed:
+            return BISECT.value
+    return RANK.value
+
+
+@jit
+def bits_in_banks(
+    row_ptr,
+    b_gate,
+    start,
+    F: tl.constexpr,
+    ROWS: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    WAY: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """The channels of a tile that are kept, as the bits of [ROWS] words.
+
+    The tile is the channels from `start`, a multiple of ROWS * 32, of the row at `row_ptr`; `b_gate`
+    [ROWS, 32] are its gates, minus infinity past F.
+    """
+    if WAY == EXTRACT:
+        return _extract(b_gate, start, F, ROWS, N, M, ASM)
+    elif WAY == BISECT:
+        return _bisect(row_ptr, b_gate, start, F, ROWS, N, M, ASM)
+    else:
+        return _rank(row_ptr, b_gate, start, F, ROWS, N, M, ASM)
+
+
+@jit
+def _word(keep):
+    """bool [ROWS, 32] as the bits of [ROWS] words."""
+    return total(tl.where(keep, (1 << tl.arange(0, 32))[None, :], 0), 1)
+
+
+@jit
+def _rank(
+    row_ptr,
+    b_gate,
+    start,
+    F: tl.constexpr,
+    ROWS: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    b_channel = start + tl.arange(0, ROWS)[:, None] * 32 + tl.arange(0, 32)[None, :]
+    b_score = ranked(b_gate.to(tl.float32), ASM)
+    b_bank = b_channel - b_channel % M
+    b_beaten_by = tl.full((ROWS, 32), 0, tl.int32)
+    for j in range(M):
+        b_rival = b_bank + j
+        b_theirs = tl.load(row_ptr + b_rival, mask=b_rival < F, other=0.0)
+        b_theirs = ranked(b_theirs.to(tl.float32), ASM)
+        b_beats = (b_theirs > b_score) | ((b_theirs == b_score) & (b_rival < b_channel))
+        b_beaten_by += (b_beats & (b_rival < F)).to(tl.int32)
+    return _word((b_beaten_by < N) & (b_channel < F))
+
+
+@jit
+def _extract(
+    b_gate, start, F: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr, M: tl.constexpr, ASM: tl.constexpr
+):
+    b_banks = tl.reshape(b_gate, (ROWS * 32 // M, M))
+    b_place = tl.arange(0, M)
+    # A 16-bit float has at least 13 low zero bits as a float32. As an integer in the order of the floats,
+    # with the place in the bank in its low bits, no two channels of a bank are equal. Adding zero unites
+    # the zeros.
+    b_bits = (ranked(b_banks.to(tl.float32), ASM) + 0.0).to(tl.int32, bitcast=True)
+    b_key = (b_bits ^ ((b_bits >> 31) & 0x7FFFE000)) | (M - 1 - b_place)[None, :]
+    if F % (ROWS * 32) != 0:
+        b_channel = start + tl.arange(0, ROWS * 32 // M)[:, None] * M + b_place[None, :]
+        b_key = tl.where(b_channel < F, b_key, _LEAST)
+    b_left = b_key
+    for _ in tl.static_range(N - 1):
+        b_left = tl.where(b_left == largest(b_left, 1)[:, None], _LEAST, b_left)
+    b_keep = b_key >= largest(b_left, 1)[:, None]
+    if F % (ROWS * 32) != 0:
+        b_keep = b_keep & (b_key != _LEAST)
+    return _word(tl.reshape(b_keep, (ROWS, 32)))
+
+
+@jit
+def _bisect(
+    row_ptr,
+    b_gate,
+    start,
+    F: tl.constexpr,
+    ROWS: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    DTYPE: tl.constexpr = row_ptr.dtype.element_ty
+    BANKS: tl.constexpr = ROWS * 32 // M
+    b_first, b_second = _load_banks(row_ptr, start, F, BANKS, M, DTYPE)  # [BANKS, M / 16, 4] pairs each
+    b_low, b_above = _nth_of_banks(b_first, b_second, N, BANKS, DTYPE, ASM)
+    # Per word: its bank's nth largest, and how many of those equal to it are wanted.
+    b_nth = _for_words(key_score(b_low, DTYPE), BANKS, M)
+    b_score = ranked(b_gate.to(tl.float32), ASM)
+    b_greater = _word(b_score > b_nth[:, None])
+    b_equal = b_score == b_nth[:, None]
+    if F % (ROWS * 32) != 0:
+        b_equal = b_equal & (tl.arange(0, ROWS)[:, None] * 32 + tl.arange(0, 32)[None, :] < F - start)
+    b_equal = tl.reshape(_word(b_equal), (BANKS, M // 32))
+    b_count = popcount(b_equal, ASM)
+    b_wanted = (N - b_above)[:, None] - (running_total(b_count, 1) - b_count)
+    b_all = b_wanted >= b_count  # nearly always
+    b_wanted = tl.where(b_all, 0, tl.maximum(b_wanted, 0))
+    b_keep = tl.where(b_all, b_equal, 0)
+    while largest(largest(b_wanted, 1), 0) > 0:
+        b_lowest = tl.where(b_wanted > 0, b_equal & -b_equal, 0)
+        b_keep |= b_lowest
+        b_equal ^= b_lowest
+        b_wanted -= 1
+    return b_greater | tl.reshape(b_keep, (ROWS,))
+
+
+@jit
+def _for_words(values, BANKS: tl.constexpr, M: tl.constexpr):
+    """[BANKS] values repeated for each word of a bank: [BANKS * M / 32]."""
+    return tl.reshape(tl.broadcast_to(values[:, None], (BANKS, M // 32)), (BANKS * M // 32,))
+
+
+@jit
+def _load_banks(row_ptr, start, F: tl.constexpr, BANKS: tl.constexpr, M: tl.constexpr, DTYPE: tl.constexpr):
+    """The gates of BANKS banks from `start`, packed, as two [BANKS, M / 16, 4]: 16 channels in a lane."""
+    b_pair = (
+        tl.arange(0, BANKS)[:, None, None] * (M // 2)
+        + tl.arange(0, M // 16)[None, :, None] * 8
+        + tl.arange(0, 4)[None, None, :]
+    )
+    b_ptr = row_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + start // 2 + b_pair
+    b_first = padded_pairs(b_ptr, 2 * b_pair, F - start, F % 2 == 1, DTYPE)
+    b_second = padded_pairs(b_ptr + 4, 2 * b_pair + 8, F - start, F % 2 == 1, DTYPE)
+    return b_first, b_second
+
+
+@jit
+def _nth_of_banks(
+    b_first, b_second, N: tl.constexpr, BANKS: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr
+):
+    """(key of the nth largest [BANKS], how many are above it [BANKS]).
+
+    Where taking everything equal to the nth largest gives exactly N, the second may be zero instead.
+    """
+    OCTAVE: tl.constexpr = 128 if DTYPE == tl.bfloat16 else 1024  # keys from a float to its double
+    MINUS_INF: tl.constexpr = -(0x7F80 if DTYPE == tl.bfloat16 else 0x7C00) - 1
+    b_top = tl.maximum(
+        tl.maximum(ranked(half(b_first, DTYPE), ASM), ranked(half(b_first >> 16, DTYPE), ASM)),
+        tl.maximum(ranked(half(b_second, DTYPE), ASM), ranked(half(b_second >> 16, DTYPE), ASM)),
+    )
+    b_top = (largest(largest(b_top, 2), 1) + 0.0).to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32)
+    b_high = (b_top ^ ((b_top >> 31) & 0x7FFF)) + 1  # fewer than N gates of the bank have this key or more
+    b_above = tl.full((BANKS,), 0, tl.int32)  # how many
+    b_low = tl.full((BANKS,), MINUS_INF, tl.int32)  # at least N have this key or more, or all there are
+    b_middle = tl.maximum(b_high - 4 * OCTAVE, MINUS_INF + 1)
+    while largest(b_high - b_low, 0) > 1:
+        b_twice = key_bits(b_middle, DTYPE)[:, None, None] * 0x10001
+        b_n = compare_pairs(b_first, b_twice, DTYPE, ASM) + compare_pairs(b_second, b_twice, DTYPE, ASM)
+        b_n = pairs_counted(total(total(b_n, 2), 1))
+        # A bank that is done has middle = low, and both its counts stay as they are.
+        b_below = (b_n < N) & (b_low < b_middle)
+        b_high = tl.where(b_below, b_middle, b_high)
+        b_above = tl.where(b_below, b_n, b_above)
+        b_low = tl.where(b_below, b_low, b_middle)
+        b_high = tl.where(b_n == N, b_low + 1, b_high)
+        b_above = tl.where(b_n == N, 0, b_above)
+        b_middle = (b_low + b_high) >> 1
+    return b_low, b_above

@@ -1,0 +1,428 @@
+"""The passes between the GEMMs of a Mixture-of-Channels layer.
+
+select (forward)   reads g and u; writes z = mask * silu(g) * u, and what backward needs: the kept pairs
+                   (g, u) in ascending channel order, and a bitmask. Per row 6 d_ffn + 4 K + d_ffn / 8
+                   bytes at 16 bits: 37.8 KB at d_ffn 5504, K 1032.
+expand (backward)  reads dz = dy @ w_down.T, the pairs and the bitmask; writes dg and du, zero off the mask,
+                   and z. Per row 8 d_ffn + 4 K + d_ffn / 8 bytes: 48.8 KB.
+
+One program takes one row, in tiles of ROWS x 32 channels: a tile's row is one word of the bitmask, and the
+place of a kept channel among the row's pairs is a running count of bits. Mostly one warp is a program, so
+that reductions stay inside it; many rows per multiprocessor hide the latencies.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-redef"
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from moc.kernels.banks import bits_in_banks, way
+from moc.kernels.primitives import (
+    INTERPRETED,
+    bits_before,
+    jit,
+    kept_bit,
+    largest,
+    launching_on,
+    load_pairs,
+    popcount,
+    running_total,
+    sigmoid,
+    store_pairs,
+    to_fp8,
+    total,
+)
+from moc.kernels.selection import NM, RULES, THRESHOLD, TOPK_ABS, first_key, row_threshold, score_of
+from moc.selection import Selection
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MAX_D_FFN = 65534  # two counts share a 32-bit word
+# Arguments whose values the kernels are not compiled for.
+_SELECT_VALUES = ["g_stride", "u_stride", "z_stride", "K", "first", "quantile"]
+_EXPAND_VALUES = ["dz_stride", "dg_stride", "du_stride", "z_stride", "K"]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is kept of T tokens between forward and backward.
+
+    pairs [T, K, 2]: gate and up of the kept channels, ascending; rows that keep fewer (`threshold`) end in
+    zeros. bitmask [T, ceil(d_ffn / 32)] int32: channel c is bit c % 32 of word c // 32. scales [T, 2]
+    float32, of fp8 pairs: what gate and up were divided by.
+    """
+
+    pairs: Tensor
+    bitmask: Tensor
+    scales: Tensor | None = None
+
+    def rows(self, start: int, stop: int) -> Kept:
+        """Those of tokens start to stop, as views."""
+        scales = None if self.scales is None else self.scales[start:stop]
+        return Kept(self.pairs[start:stop], self.bitmask[start:stop], scales)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a pass is laid out: constants its kernel is compiled for."""
+
+    num_warps: int
+    rows: int  # words of the bitmask, of 32 channels each, in a tile
+    vector: int  # neighbouring channels in a lane, at most 8
+    one_per_lane: bool = False  # how pairs are accessed, see `store_pairs`
+    guess: bool = True  # select: start the search where a normal distribution has its K-th largest
+
+
+@jit(do_not_specialize=_SELECT_VALUES)
+def select_fwd_kernel(
+    g_ptr,  # [T, g_stride]
+    u_ptr,  # [T, u_stride]
+    z_ptr,  # [T, z_stride], may be u
+    pairs_ptr,  # [T, K, 2], or None if nothing is kept
+    scales_ptr,  # [T, 2] float32, or None
+    bitmask_ptr,  # [T, ceil(F / 32)] int32, or None
+    overflow_ptr,  # int64 scalar, added to
+    g_stride,
+    u_stride,
+    z_stride,
+    K,
+    first,
+    quantile,
+    F: tl.constexpr,
+    RULE: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    WAY: tl.constexpr,
+    KEEP: tl.constexpr,
+    FP8: tl.constexpr,
+    PACKED: tl.constexpr,
+    GUESS: tl.constexpr,
+    PIECE: tl.constexpr,
+    ROWS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    ONE_PER_LANE: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    DTYPE: tl.constexpr = g_ptr.dtype.element_ty
+    BYTES: tl.constexpr = VECTOR * DTYPE.primitive_bitwidth // 8
+    WORDS: tl.constexpr = (F + 31) // 32
+    g_ptr = tl.multiple_of(g_ptr + row * g_stride, BYTES)
+    u_ptr = tl.multiple_of(u_ptr + row * u_stride, BYTES)
+    z_ptr = tl.multiple_of(z_ptr + row * z_stride, BYTES)
+
+    if RULE != NM:
+        score, cut, overflow = row_threshold(g_ptr, K, first, quantile, F, PIECE, RULE, PACKED, GUESS, ASM)
+        if RULE == THRESHOLD:  # noqa: SIM102 - the outer condition is decided when compiling
+            if overflow > 0:
+                tl.atomic_add(overflow_ptr, overflow.to(tl.int64), sem="relaxed")
+    if FP8:
+        g_scale = _fp8_scale(g_ptr, F, PIECE)
+        u_scale = _fp8_scale(u_ptr, F, PIECE)
+        tl.store(scales_ptr + row * 2, g_scale)
+        tl.store(scales_ptr + row * 2 + 1, u_scale)
+    if KEEP:
+        pairs_ptr += row * K * 2
+        bitmask_ptr += row * WORDS
+
+    b_bit = tl.arange(0, 32)
+    b_word = tl.arange(0, ROWS)
+    b_at = b_word[:, None] * 32 + b_bit[None, :]  # [ROWS, 32], a channel's place in its tile
+    n_kept = 0
+    for start in range(0, F, ROWS * 32):
+        b_inside = b_at < F - start
+        # Past F: never above a score, and equal to it only beyond the cut.
+        b_g = tl.load(g_ptr + start + b_at, mask=b_inside, other=float("-inf"))
+        b_u = tl.load(u_ptr + start + b_at, mask=b_inside, other=0.0)
+        if RULE == NM:
+            b_bits = bits_in_banks(g_ptr, b_g, start, F, ROWS, N, M, WAY, ASM)
+        else:
+            b_score = score_of(b_g, RULE, ASM)
+            if RULE == TOPK_ABS:
+                b_score = tl.where(b_inside, b_score, float("-inf"))
+            b_kept = kept_bit(b_score, score, b_at, cut - start, (1 << b_bit)[None, :], ASM)
+            b_bits = total(b_kept, 1)
+        # [ROWS] words say it all; what follows tests their bits, so that no predicate lives long.
+        b_keep = ((b_bits[:, None] >> b_bit[None, :]) & 1) != 0
+        b_gate = b_g.to(tl.float32)
+        b_up = b_u.to(tl.float32)
+        if KEEP:
+            b_count = popcount(b_bits, ASM)
+            b_before = n_kept + running_total(b_count, 0) - b_count
+            b_offset = bits_before(b_bits[:, None], b_bit[None, :], ASM)
+            if FP8:
+                b_g = to_fp8(b_gate / g_scale, ASM)
+                b_u = to_fp8(b_up / u_scale, ASM)
+            store_pairs(pairs_ptr, b_before[:, None], b_offset, b_g, b_u, b_keep, ONE_PER_LANE, ASM)
+            tl.store(bitmask_ptr + start // 32 + b_word, b_bits, mask=b_word < WORDS - start // 32)
+            n_kept += total(b_count, 0)
+        b_z = b_gate * sigmoid(b_gate, ASM) * tl.where(b_keep, b_up, 0.0)
+        tl.store(z_ptr + start + b_at, b_z.to(DTYPE), mask=b_inside)
+
+    if KEEP and RULE == THRESHOLD:
+        for place in range(n_kept, K, 32):
+            b_place = place + b_bit
+            b_zero = tl.full((32,), 0.0, tl.float32).to(pairs_ptr.dtype.element_ty)
+            tl.store(pairs_ptr + 2 * b_place, b_zero, mask=b_place < K)
+            tl.store(pairs_ptr + 2 * b_place + 1, b_zero, mask=b_place < K)
+
+
+@jit
+def _fp8_scale(row_ptr, F: tl.constexpr, PIECE: tl.constexpr):
+    """What to divide a row by so that its largest magnitude is that of float8_e4m3fn, 448."""
+    # Of the whole row, not of the kept channels, which are not known yet: a float's relative precision does
+    # not depend on its scale, and the range of float8_e4m3fn leaves room for 15 octaves.
+    b_index = tl.arange(0, PIECE)
+    b_largest = tl.full((PIECE,), 0.0, tl.float32)
+    for start in range(0, F, PIECE):
+        b_x = tl.load(row_ptr + start + b_index, mask=start + b_index < F, other=0.0)
+        b_largest = tl.maximum(b_largest, tl.abs(b_x.to(tl.float32)))
+    top = largest(b_largest, 0)
+    return tl.where(top > 0, top * (1 / 448.0), 1.0)
+
+
+@jit(do_not_specialize=_EXPAND_VALUES)
+def expand_bwd_kernel(
+    dz_ptr,  # [T, dz_stride]
+    pairs_ptr,  # [T, K, 2]
+    scales_ptr,  # [T, 2] float32, or None
+    bitmask_ptr,  # [T, ceil(F / 32)] int32
+    dg_ptr,  # [T, dg_stride], PADDED columns are written
+    du_ptr,  # [T, du_stride], likewise
+    z_ptr,  # [T, z_stride], likewise; may be dz
+    dz_stride,
+    dg_stride,
+    du_stride,
+    z_stride,
+    K,
+    F: tl.constexpr,
+    PADDED: tl.constexpr,
+    FP8: tl.constexpr,
+    ROWS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    ONE_PER_LANE: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    DTYPE: tl.constexpr = dz_ptr.dtype.element_ty
+    BYTES: tl.constexpr = VECTOR * DTYPE.primitive_bitwidth // 8
+    WORDS: tl.constexpr = (F + 31) // 32
+    dz_ptr = tl.multiple_of(dz_ptr + row * dz_stride, BYTES)
+    dg_ptr = tl.multiple_of(dg_ptr + row * dg_stride, BYTES)
+    du_ptr = tl.multiple_of(du_ptr + row * du_stride, BYTES)
+    z_ptr = tl.multiple_of(z_ptr + row * z_stride, BYTES)
+    pairs_ptr += row * K * 2
+    bitmask_ptr += row * WORDS
+    if FP8:
+        g_scale = tl.load(scales_ptr + row * 2)
+        u_scale = tl.load(scales_ptr + row * 2 + 1)
+
+    b_bit = tl.arange(0, 32)
+    b_word = tl.arange(0, ROWS)
+    b_at = b_word[:, None] * 32 + b_bit[None, :]  # [ROWS, 32], a channel's place in its tile
+    n_kept = 0
+    for start in range(0, PADDED, ROWS * 32):
+        b_bits = tl.load(bitmask_ptr + start // 32 + b_word, mask=b_word < WORDS - start // 32, other=0)
+        b_dz = tl.load(dz_ptr + start + b_at, mask=b_at < F - start, other=0.0).to(tl.float32)
+        b_count = popcount(b_bits, ASM)
+        b_before = n_kept + running_total(b_count, 0) - b_count
+        b_offset = bits_before(b_bits[:, None], b_bit[None, :], ASM)
+        b_keep = ((b_bits[:, None] >> b_bit[None, :]) & 1) != 0
+        b_g, b_u = load_pairs(pairs_ptr, b_before[:, None], b_offset, b_keep, ONE_PER_LANE, ASM)
+        n_kept += total(b_count, 0)
+        b_gate = b_g.to(tl.float32)
+        b_up = b_u.to(tl.float32)
+        if FP8:
+            b_gate = b_gate * g_scale
+            b_up = b_up * u_scale
+        # Off the mask g = u = 0, so that dg, du and z are zero, unless dz is infinite.
+        b_dz = tl.where(b_keep, b_dz, 0.0)
+        b_sigmoid = sigmoid(b_gate, ASM)
+        b_silu = b_gate * b_sigmoid
+        # d silu / d g = sigmoid * (1 + g * (1 - sigmoid)) = sigmoid + silu * (1 - sigmoid)
+        b_dg = b_dz * b_up * (b_sigmoid + b_silu * (1.0 - b_sigmoid))
+        b_du = b_dz * b_silu
+        b_z = b_silu * b_up
+        tl.store(dg_ptr + start + b_at, b_dg.to(DTYPE), mask=b_at < PADDED - start)
+        tl.store(du_ptr + start + b_at, b_du.to(DTYPE), mask=b_at < PADDED - start)
+        tl.store(z_ptr + start + b_at, b_z.to(DTYPE), mask=b_at < PADDED - start)
+
+
+def select_pass(
+    g: Tensor,
+    u: Tensor,
+    z: Tensor,
+    selection: Selection,
+    kept: Kept | None,
+    overflow: Tensor,
+    tiling: Tiling | None = None,
+) -> None:
+    """Select channels by the gates `g`, write z = mask * silu(g) * u, and fill `kept` if given.
+
+    g, u and z (which may be u) are [T, d_ffn] of bfloat16, float16 or float32, each row contiguous. `kept`
+    is for these T tokens; to `overflow`, an int64 scalar, the channels that the cap of a `threshold` rule
+    left out are added. A NaN gate ranks as plus infinity. Raises ValueError for inputs that do not fit.
+    """
+    _check(g=g, u=u, z=z)
+    n_tokens, d_ffn = g.shape
+    k = selection.k(d_ffn)
+    if n_tokens == 0:
+        return
+    vector = _vector(g, u, z)
+    size = g.element_size()
+    packed = size == 2 and vector >= 2 and (INTERPRETED or _compares_pairs(g.device))
+    tiling = tiling or select_tiling(d_ffn, selection.rule, packed)
+    fp8 = kept is not None and kept.scales is not None
+    if fp8:
+        _check_fp8(g.device)
+    with launching_on(g):
+        select_fwd_kernel[(n_tokens,)](
+            g,
+            u,
+            z,
+            kept.pairs if kept else None,
+            kept.scales if kept else None,
+            kept.bitmask if kept else None,
+            overflow,
+            g.stride(0),
+            u.stride(0),
+            z.stride(0),
+            k,
+            0 if selection.rule == "topk_abs" else first_key(selection.threshold, g.dtype),
+            NormalDist().inv_cdf(1 - (k - 0.5) / d_ffn),
+            **select_constants(d_ffn, selection, size, packed, vector, kept is not None, fp8, tiling),
+            ASM=not INTERPRETED,
+            num_warps=tiling.num_warps,
+        )
+
+
+def expand_pass(
+    dz: Tensor, kept: Kept, dg: Tensor, du: Tensor, z: Tensor, tiling: Tiling | None = None
+) -> None:
+    """From dz = dy @ w_down.T and what select kept: write dg, du and z, zero off the mask.
+
+    dz is [T, d_ffn]; dg, du and z (which may share memory with dz) are [T, width] with width >= d_ffn, and
+    zero beyond d_ffn; rows contiguous. Raises ValueError for inputs that do not fit.
+    """
+    _check(dz=dz, dg=dg, du=du, z=z)
+    n_tokens, d_ffn = dz.shape
+    width = dg.shape[1]
+    if not du.shape == z.shape == dg.shape or width < d_ffn:
+        shapes = ", ".join(str(tuple(t.shape)) for t in (dg, du, z))
+        raise ValueError(f"dg, du and z of shapes {shapes} do not fit dz {tuple(dz.shape)}")
+    if n_tokens == 0:
+        return
+    fp8 = kept.scales is not None
+    if fp8:
+        _check_fp8(dz.device)
+    tiling = tiling or EXPAND_TILING
+    with launching_on(dz):
+        expand_bwd_kernel[(n_tokens,)](
+            dz,
+            kept.pairs,
+            kept.scales,
+            kept.bitmask,
+            dg,
+            du,
+            z,
+            dz.stride(0),
+            dg.stride(0),
+            du.stride(0),
+            z.stride(0),
+            kept.pairs.shape[1],
+            **expand_constants(d_ffn, width, _vector(dz, dg, du, z), fp8, tiling),
+            ASM=not INTERPRETED,
+            num_warps=tiling.num_warps,
+        )
+
+
+def select_constants(
+    d_ffn: int,
+    selection: Selection,
+    itemsize: int,
+    packed: bool,
+    vector: int,
+    keep: bool,
+    fp8: bool,
+    tiling: Tiling,
+) -> dict[str, int]:
+    """What the select kernel is compiled for; `packed`: gates are of 16 bits and can be compared in pairs."""
+    return {
+        "F": d_ffn,
+        "RULE": RULES[selection.rule],
+        "N": selection.n or 0,
+        "M": selection.m or 0,
+        "WAY": way(selection.n, selection.m, itemsize, packed) if selection.n and selection.m else 0,
+        "KEEP": keep,
+        "FP8": fp8,
+        "PACKED": packed and selection.rule != "topk_abs",
+        "GUESS": tiling.guess,
+        "PIECE": 512 * tiling.num_warps,
+        "ROWS": tiling.rows,
+        "VECTOR": min(tiling.vector, vector),
+        "ONE_PER_LANE": tiling.one_per_lane,
+    }
+
+
+def expand_constants(d_ffn: int, width: int, vector: int, fp8: bool, tiling: Tiling) -> dict[str, int]:
+    """What the expand kernel is compiled for."""
+    return {
+        "F": d_ffn,
+        "PADDED": width,
+        "FP8": fp8,
+        "ROWS": tiling.rows,
+        "VECTOR": min(tiling.vector, vector),
+        "ONE_PER_LANE": tiling.one_per_lane,
+    }
+
+
+def select_tiling(d_ffn: int, rule: str, packed: bool) -> Tiling:
+    """The tiling of the select pass; `packed`: gates are of 16 bits and can be compared in pairs."""
+    num_warps = 1
+    if rule != "nm":  # the row is held
+        channels = 32 * (48 if rule == "topk_abs" else 192 if packed else 96)  # by one warp
+        num_warps = min(16, 1 << max(0, math.ceil(math.log2(d_ffn / channels))))
+    return Tiling(num_warps=num_warps, rows=16 * num_warps, vector=8)
+
+
+EXPAND_TILING = Tiling(num_warps=1, rows=16, vector=8)
+
+
+def _vector(*rows: Tensor) -> int:
+    """How many neighbouring channels every row allows to access at once: 8, 4, 2 or 1."""
+    alignment = math.gcd(*(math.gcd(t.data_ptr(), t.stride(0) * t.element_size()) for t in rows))
+    return math.gcd(8, max(1, alignment // rows[0].element_size()))
+
+
+def _compares_pairs(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _check(**rows: Tensor) -> None:
+    first = next(iter(rows.values()))
+    for name, tensor in rows.items():
+        if tensor.dim() != 2 or tensor.shape[0] != first.shape[0]:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected [{first.shape[0]}, channels]")
+        if tensor.dtype not in DTYPES or tensor.dtype != first.dtype:
+            raise ValueError(
+                f"{name} has dtype {tensor.dtype}; supported: {', '.join(map(str, DTYPES))}, alike"
+            )
+        if tensor.shape[1] > 1 and tensor.stride(1) != 1:
+            raise ValueError(
+                f"{name} has strides {tensor.stride()}: the channels of a token must be contiguous"
+            )
+        if tensor.shape[1] > MAX_D_FFN:
+            raise ValueError(f"{name} has {tensor.shape[1]} channels; at most {MAX_D_FFN} are supported")
+        if tensor.device.type != "cuda" and not INTERPRETED:
+            raise ValueError(f"{name} is on {tensor.device}; the kernels run on cuda here")
+
+
+def _check_fp8(device: torch.device) -> None:
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise ValueError("fp8 needs a GPU of compute capability 8.9 or higher")

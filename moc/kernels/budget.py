@@ -1,0 +1,187 @@
+"""What the kernels compile to, found without a GPU, and whether that is within the committed budget.
+
+    python -m moc.kernels.budget            the table, and what exceeds budget.json (exit code 1)
+    python -m moc.kernels.budget --update   raise the limits in budget.json that are exceeded
+
+For sm_80 and sm_90 each kernel at its tuned shapes is compiled as a launch would, and the machine code is
+read with the tools that come with Triton: registers per thread, bytes of spilled registers per thread, bytes
+of shared memory, tensor-core instructions. budget.json holds limits for the oldest and the newest Triton in
+use, so update it with both; registers are rounded up to 8, the unit in which they are allocated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+BUDGET = Path(__file__).with_name("budget.json")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel as one launch would compile it."""
+
+    kind: str  # select or expand
+    rule: str
+    d_ffn: int
+    dtype: str
+    fp8: bool = False
+
+    def name(self, capability: int) -> str:
+        """As it stands in budget.json."""
+        parts = [self.kind, self.rule, f"f{self.d_ffn}", self.dtype, *(["fp8"] if self.fp8 else [])]
+        return f"sm_{capability} " + " ".join(parts)
+
+
+VARIANTS = (
+    *(Variant("select", "topk:0.1875", d_ffn, "bf16") for d_ffn in (5504, 384, 2048, 11008)),
+    *(Variant("select", rule, 5504, "bf16") for rule in ("nm:2:8", "nm:12:64", "nm:6:7")),
+    *(Variant("select", rule, 5504, "bf16") for rule in ("topk_abs:0.1875", "threshold:0.5:0.25")),
+    *(Variant("select", "topk:0.1875", 5504, dtype) for dtype in ("fp16", "fp32")),
+    Variant("select", "topk:0.1875", 5504, "bf16", fp8=True),
+    *(Variant("expand", "any", 5504, dtype) for dtype in ("bf16", "fp32")),
+    Variant("expand", "any", 5504, "bf16", fp8=True),
+)
+# sm_80 cannot compare bf16 in pairs and has no fp8: one variant of each way through the code.
+WORK = [(variant, 90) for variant in VARIANTS] + [(VARIANTS[i], 80) for i in (0, 4, 6, 10, 12)]
+
+
+def measure(variant: Variant, capability: int) -> dict[str, int]:
+    """Registers, spilled and shared bytes, and tensor-core instructions of a variant for sm_`capability`."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from moc.kernels import between
+    from moc.selection import parse_selection
+
+    narrow = variant.dtype != "fp32"
+    packed = narrow and capability >= 90
+    if variant.kind == "select":
+        kernel, rule = between.select_fwd_kernel, parse_selection(variant.rule)
+        tiling = between.select_tiling(variant.d_ffn, rule.rule, packed)
+        constants = between.select_constants(
+            variant.d_ffn, rule, 2 if narrow else 4, packed, 8, True, variant.fp8, tiling
+        )
+    else:
+        kernel, tiling = between.expand_bwd_kernel, between.EXPAND_TILING
+        constants = between.expand_constants(variant.d_ffn, variant.d_ffn, 8, variant.fp8, tiling)
+    types = dict.fromkeys(kernel.arg_names, "i32") | {"quantile": "fp32"}
+    types |= {name: f"*{variant.dtype}" for name in types if name.endswith("_ptr")}
+    types |= {"bitmask_ptr": "*i32", "overflow_ptr": "*i64", "scales_ptr": "*fp32"}
+    if variant.fp8:
+        types["pairs_ptr"] = "*fp8e4nv"
+    fixed = {**constants, "ASM": True, **({} if variant.fp8 else {"scales_ptr": None})}
+    signature = {name: "constexpr" if name in fixed else types[name] for name in kernel.arg_names}
+    aligned = {
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(kernel.arg_names)
+        if signature[name].startswith("*")
+    }
+    compiled = triton.compile(
+        ASTSource(fn=kernel, signature=signature, constexprs=fixed, attrs=aligned),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": tiling.num_warps},
+    )
+    return {**_read(compiled.asm["cubin"]), "shared_bytes": compiled.metadata.shared}
+
+
+def _read(cubin: bytes) -> dict[str, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
+        code = _tool("nvdisasm", "-c", file.name)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump printed no resource usage: {usage!r}")
+    return {
+        "registers": int(found[1]),
+        "spill_bytes": int(found[2]),
+        "tensor_core_instructions": len(re.findall(r"\b(?:[HIQ]G?MMA)\.", code)),
+    }
+
+
+def _tool(name: str, *arguments: str) -> str:
+    import triton
+
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def measure_all(processes: int = 2) -> dict[str, dict[str, int]]:
+    """WORK, by name."""
+    with ProcessPoolExecutor(processes) as pool:
+        rows = pool.map(measure, *zip(*WORK, strict=True))
+        return {variant.name(capability): row for (variant, capability), row in zip(WORK, rows, strict=True)}
+
+
+def excesses(rows: dict[str, dict[str, int]], budget: dict[str, dict[str, int]]) -> list[str]:
+    """One line for each number above its limit and for each variant without limits."""
+    lines = [f"{name}: not in {BUDGET.name}; run with --update" for name in rows if name not in budget]
+    for name, limits in budget.items():
+        for key, limit in limits.items():
+            found = rows.get(name, {}).get(key)
+            if found is None:
+                lines.append(f"{name}: {key} has a limit but was not measured")
+            elif found > limit:
+                lines.append(f"{name}: {key} {found} exceeds {limit}")
+    return lines
+
+
+def raised(budget: dict[str, dict[str, int]], rows: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
+    """The budget with every limit that a row exceeds raised; variants that are gone are dropped."""
+    new = {}
+    for name, row in rows.items():
+        rounded = {**row, "registers": min(255, -(-row["registers"] // 8) * 8)}
+        new[name] = {key: max(value, budget.get(name, {}).get(key, 0)) for key, value in rounded.items()}
+    return new
+
+
+def in_subprocess() -> dict[str, dict[str, int]]:
+    """`measure_all` in a fresh interpreter, for a process in which the kernels are interpreted."""
+    command = [sys.executable, "-m", "moc.kernels.budget", "--json"]
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+    rows: dict[str, dict[str, int]] = json.loads(done.stdout)
+    return rows
+
+
+def main() -> int:
+    """Print the table; 1 if the budget is exceeded."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--update", action="store_true", help="write the budget file")
+    parser.add_argument("--json", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.json:
+        print(json.dumps(measure_all()))
+        return 0
+    rows = in_subprocess()
+    if options.update:
+        old = json.loads(BUDGET.read_text()) if BUDGET.exists() else {}
+        BUDGET.write_text(json.dumps(raised(old, rows), indent=1) + "\n")
+    print(f"{'kernel':44} {'registers':>9} {'spilled B':>9} {'shared B':>9} {'tensor core':>11}")
+    for name, row in rows.items():
+        print(
+            f"{name:44} {row['registers']:9} {row['spill_bytes']:9} {row['shared_bytes']:9}"
+            f" {row['tensor_core_instructions']:11}"
+        )
+    problems = excesses(rows, json.loads(BUDGET.read_text()))
+    print("\n".join(problems))
+    return int(bool(problems))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

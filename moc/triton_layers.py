@@ -1,0 +1,67 @@
+"""The Mixture-of-Channels layer on Triton kernels, with the parameters of every other layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from moc.config import FfnShape
+from moc.ffn_ops import triton_moc_ffn
+from moc.layers import MoCFFN
+from moc.selection import Selection
+
+
+class TritonMoCFFN(MoCFFN):
+    """Mixture-of-Channels SwiGLU on Triton kernels; see `moc.ffn_ops.triton_moc_ffn`, also for `fp8`."""
+
+    def __init__(self, shape: FfnShape, selection: Selection, fp8: bool = False) -> None:
+        super().__init__(shape, selection)
+        self.fp8 = fp8
+        self._place_side_by_side()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TritonMoCFFN:
+        # What .to(), .cuda() and their like go through: it moves each parameter on its own.
+        super()._apply(fn, recurse)
+        self._place_side_by_side()
+        return self
+
+    def _place_side_by_side(self) -> None:
+        """Let w_gate and w_up follow each other in memory, so that one GEMM takes both without a copy.
+
+        They stay two parameters. Where something else places them (FSDP, another assignment of data) the
+        operator copes, at the cost of a copy.
+        """
+        gate, up = self.w_gate.data, self.w_up.data
+        if type(gate) is type(up) is Tensor and gate.dtype == up.dtype and gate.device == up.device:
+            self.w_gate.data, self.w_up.data = torch.cat((gate, up)).split(self.shape.d_ffn)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., d_model] -> [..., d_model]. Raises ValueError for what the kernels cannot do."""
+        y, overflow = triton_moc_ffn(x, self.w_gate, self.w_up, self.w_down, self.selection, self.fp8)
+        self._count(overflow)
+        return y
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, fp8={self.fp8}"
+
+
+def moc_ffn(shape: FfnShape, selection: Selection | None) -> TritonMoCFFN:
+    """Factory of the method `moc`. Raises ValueError without a selection."""
+    return TritonMoCFFN(shape, _required(selection))
+
+
+def moc_fp8_ffn(shape: FfnShape, selection: Selection | None) -> TritonMoCFFN:
+    """Factory of the method `moc_fp8`. Raises ValueError without a selection."""
+    return TritonMoCFFN(shape, _required(selection), fp8=True)
+
+
+def _required(selection: Selection | None) -> Selection:
+    if selection is None:
+        raise ValueError("this method needs a selection, such as topk:0.1875")
+    return selection
+
+
+moc_ffn.takes_selection = moc_fp8_ffn.takes_selection = True  # type: ignore[attr-defined]
+moc_ffn.compile = moc_fp8_ffn.compile = True  # type: ignore[attr-defined]

@@ -1,0 +1,69 @@
+"""Data-parallel training of the layer on Triton kernels: two processes give the gradients of one."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from moc import FfnShape, parse_selection
+from moc.triton_layers import TritonMoCFFN
+
+WORLD = 2
+
+
+def _layer() -> TritonMoCFFN:
+    layer = TritonMoCFFN(FfnShape(8, 64), parse_selection("topk:12"))
+    with torch.no_grad():
+        for seed, parameter in enumerate(layer.parameters()):
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)))
+    return layer
+
+
+def _tokens() -> Tensor:
+    return torch.randn(6, 8, generator=torch.Generator().manual_seed(9))
+
+
+def _gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    model(x).square().mean().backward()
+    return {
+        name.removeprefix("module."): p.grad for name, p in model.named_parameters() if p.grad is not None
+    }
+
+
+def _worker(rank: int, kind: str, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/{kind}", rank=rank, world_size=WORLD)
+    x = _tokens().chunk(WORLD)[rank]
+    if kind == "ddp":
+        gradients = _gradients(DistributedDataParallel(_layer()), x)
+    else:
+        layer = _layer()
+        fully_shard(layer, mesh=init_device_mesh("cpu", (WORLD,)))
+        sharded = _gradients(layer, x)
+        gradients = {name: grad.full_tensor() for name, grad in sharded.items()}  # type: ignore[attr-defined]
+    if rank == 0:
+        torch.save(gradients, Path(folder) / f"{kind}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes_give_the_gradients_of_one(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DDP and FSDP2 over two gloo processes on the CPU: averaged gradients are those of the whole batch."""
+    for name, value in {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    mp.spawn(_worker, (kind, str(tmp_path)), nprocs=WORLD)
+    actual = torch.load(tmp_path / f"{kind}.pt", weights_only=True)
+
+    layer = _layer().to("cuda" if torch.cuda.is_available() else "cpu")
+    expected = _gradients(layer, _tokens().to(layer.w_gate.device))
+    assert sorted(actual) == sorted(expected) == ["w_down", "w_gate", "w_up"]
+    for name, wanted in expected.items():
+        assert torch.allclose(actual[name], wanted.cpu(), rtol=1e-5, atol=1e-7), name
