@@ -1,4 +1,4 @@
-"""The `mocbench` command: run, plan, status, report, dashboard, data, doctor, trial.
+"""The `mocbench` command: run, worker, plan, status, report, dashboard, data, doctor, trial.
 
 Exit codes: 0 done, 1 some points failed, 2 bad configuration, 130 interrupted.
 """
@@ -38,6 +38,13 @@ class Device(enum.StrEnum):
     cuda = "cuda"
 
 
+class Executor(enum.StrEnum):
+    """Where workers run."""
+
+    local = "local"
+    ray = "ray"
+
+
 class Retry(enum.StrEnum):
     """Which failed points to measure again."""
 
@@ -59,6 +66,14 @@ DataOption = Annotated[
     ),
 ]
 DeviceOption = Annotated[Device, typer.Option("--device", help="Where to measure.")]
+StorageOption = Annotated[
+    str | None,
+    typer.Option(
+        "--storage",
+        help="Where workers meet: postgresql+psycopg://USER@HOST/DB; default: the results folder.",
+    ),
+]
+WorkersOption = Annotated[int | None, typer.Option(min=1, help="Default: one a GPU, one on a CPU.")]
 RetryOption = Annotated[Retry, typer.Option("--retry", help="Measure failed points again.")]
 
 
@@ -67,12 +82,17 @@ def run(
     sweep: SweepArgument = None,
     data: DataOption = None,
     device: DeviceOption = Device.auto,
-    workers: Annotated[int | None, typer.Option(min=1, help="Default: one a GPU, one on a CPU.")] = None,
+    workers: WorkersOption = None,
     retry: RetryOption = Retry.none,
-    storage: Annotated[str | None, typer.Option(help="Optuna storage URL; default: a journal file.")] = None,
+    storage: StorageOption = None,
+    executor: Annotated[
+        Executor,
+        typer.Option(help="local: threads here, one GPU each; ray: a worker per GPU or CPU of a cluster."),
+    ] = Executor.local,
     results: ResultsOption = RESULTS,
 ) -> None:
     """Measure what is missing, then write tables, plots and the report."""
+    from harness.dashboard import hang_pictures
     from harness.report import write_report
     from harness.runner import RunOptions, run_sweep
 
@@ -85,15 +105,35 @@ def run(
         workers=workers,
         retry=retry,
         storage=storage,
+        executor=executor,
         command=_command(path, data),
     )
     summary = run_sweep(model, options, console)
     for line in write_report(summary.folder):
         console.print(f"wrote {line}", highlight=False, soft_wrap=True)
+    hang_pictures(summary.folder, model.name, storage)
     _print_findings(console, summary.folder)
     if summary.failed:
         console.print(f"{summary.failed} points failed: mocbench status {path} says why", highlight=False)
         raise typer.Exit(1)
+
+
+@app.command()
+def worker(
+    sweep: SweepArgument = None,
+    data: DataOption = None,
+    device: DeviceOption = Device.auto,
+    workers: WorkersOption = None,
+    storage: StorageOption = None,
+    results: ResultsOption = RESULTS,
+) -> None:
+    """Help to measure a sweep until nothing of it is left; start any number, on any host, at any time."""
+    from harness.runner import RunOptions, run_worker
+
+    chosen = _device(device)
+    _, model = _load(sweep, chosen, data)
+    options = RunOptions(results=results, device=chosen, workers=workers, storage=storage)
+    run_worker(model, options, Console())
 
 
 @app.command()
@@ -104,33 +144,14 @@ def plan(
     retry: RetryOption = Retry.none,
     results: ResultsOption = RESULTS,
 ) -> None:
-    """Print what `run` would measure; nothing runs."""
-    from harness.measure.environment import device_name
-    from harness.plan import grid_points, is_missing, prepare_data, unsupported_reason
-    from harness.store import Store
+    """Print what `run` would measure, how much memory and how long it takes; nothing runs."""
+    from harness.plan_view import Plan, print_plan
 
-    console = Console()
-    chosen = _device(device)
-    path, model = _load(sweep, chosen, data)
-    ids = prepare_data(model, lambda text: console.print(text, highlight=False))
-    folder = results / model.name
-    known = Store(folder).finished() if folder.exists() else {}
-    table = Table("workload", "point", "status", title=f"{path} on {device_name(chosen)}")
-    missing = total = 0
-    for part, points in grid_points(model, ids):
-        if part.optimize is not None:
-            table.add_row(
-                part.workload, f"{part.optimize.n_trials} trials by {part.optimize.sampler}", "sampled"
-            )
-        for point in points:
-            reason = unsupported_reason(point, chosen)
-            fresh = is_missing(point, known, device_name(chosen), retry)
-            missing += fresh
-            total += 1
-            status = known.get((device_name(chosen), point.key), "missing")
-            table.add_row(part.workload, point.label, f"unsupported: {reason}" if reason else status)
-    console.print(table)
-    console.print(f"{total} points, {missing} to measure", highlight=False)
+    path, model = _load(sweep, _device(device), data)
+    plan = Plan(model, results, _device(device), retry)
+    # A pipe has no width; a line that is cut in two is no use to grep.
+    console = Console(width=None if sys.stdout.isatty() else 180, markup=False)
+    print_plan(model, plan, f"{path} on {plan.device_name}", console)
 
 
 @app.command()
@@ -140,7 +161,7 @@ def status(
     """What is measured and what failed, by device."""
     from harness.store import read_rows, wide
 
-    console = Console()
+    console = Console(markup=False)  # what rows say is text, not markup
     _, model = _load(sweep, _device(device), None)
     folder = results / model.name
     if not (folder / "rows.jsonl").exists():
@@ -152,7 +173,7 @@ def status(
     console.print(table)
     for _, point in points[~points["status"].isin(["ok"])].iterrows():
         who = " ".join(str(point[name]) for name in ("workload", "preset", "seq_len", "method"))
-        rule = "" if point["selection"] is None else f" {point['selection']}"
+        rule = f" {point['selection']}" if isinstance(point["selection"], str) else ""
         console.print(f"{point['status']}: {who}{rule}: {point['detail']}", highlight=False)
 
 
@@ -161,21 +182,27 @@ def report(
     sweep: SweepArgument = None, device: DeviceOption = Device.auto, results: ResultsOption = RESULTS
 ) -> None:
     """Write tables, plots and report again from the rows; `sweep` is a sweep file or a results folder."""
+    from harness.dashboard import hang_pictures
+    from harness.folders import refuse_links
     from harness.report import write_report
     from harness.store import export
+    from harness.study import JOURNAL_NAME
 
-    console = Console()
+    console = Console(markup=False)
     folder = (
         sweep
         if sweep is not None and sweep.is_dir()
         else results / _load(sweep, _device(device), None)[1].name
     )
+    refuse_links(folder)
     if (folder / "rows.jsonl").exists():
         export(folder)
     elif not (folder / "rows.parquet").exists():
         raise SpecError(f"{folder}: has neither rows.jsonl nor rows.parquet; run the sweep first")
     for line in write_report(folder):
         console.print(f"wrote {line}", highlight=False, soft_wrap=True)
+    if (folder / JOURNAL_NAME).exists():
+        hang_pictures(folder, folder.resolve().name)
     _print_findings(console, folder)
 
 
@@ -188,30 +215,38 @@ def dashboard(
     host: Annotated[
         str, typer.Option(help="Address to listen on; loopback unless you say otherwise.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 8080,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8080,
     device: DeviceOption = Device.auto,
     results: ResultsOption = RESULTS,
 ) -> None:
-    """Open the Optuna dashboard on the sweep's study."""
-    from harness.study import JOURNAL_NAME, serve_dashboard
+    """Open the Optuna dashboard on the sweep's studies, with its plots beside them."""
+    from harness.dashboard import serve
+    from harness.folders import results_folder
 
     _, model = _load(sweep, _device(device), None)
-    folder = results / model.name
-    if storage is None and not (folder / JOURNAL_NAME).exists():
-        raise SpecError(f"{folder / JOURNAL_NAME}: there is no study yet; run the sweep first")
-    Console().print(f"Optuna dashboard on http://{host}:{port}/ (Ctrl-C ends it)", highlight=False)
-    serve_dashboard(folder, storage, host, port)
+    serve(results_folder(results, model.name), model.name, storage, host, port, _say)
 
 
 @app.command()
-def doctor(device: DeviceOption = Device.auto) -> None:
-    """Say what this machine is and what can be measured on it."""
-    from harness.measure.environment import environment_record
+def doctor(
+    device: DeviceOption = Device.auto,
+    aa: Annotated[
+        int, typer.Option("--aa", min=0, help="Trials of a method against itself; 100 take minutes.")
+    ] = 0,
+    profiler: Annotated[
+        bool, typer.Option("--profiler", help="Compare decode times with the profiler's kernel times (CUDA).")
+    ] = False,
+    output: Annotated[Path | None, typer.Option("--output", help="Write all of it as JSON.")] = None,
+) -> None:
+    """Say what this machine is, how fast it can be, and whether measurements on it can be trusted."""
+    from harness.doctor import examine
 
-    table = Table("what", "value", title="environment")
-    for name, value in environment_record(_device(device)).items():
-        table.add_row(name, "unknown" if value is None else str(value))
-    Console().print(table)
+    try:
+        good = examine(Console(), _device(device), trials=aa, profiler=profiler, output=output)
+    except ValueError as error:
+        raise SpecError(f"--profiler: {error}") from error
+    if not good:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -242,6 +277,10 @@ def data_prepare(source: str = "stdlib", vocab_size: Annotated[int, typer.Option
     Console().print(f"data_id {dataset.data_id}: {len(dataset.train):,} training tokens", highlight=False)
 
 
+def _say(line: str) -> None:
+    print(line, flush=True)  # at once, also into a pipe: somebody waits for the address
+
+
 def _device(device: Device) -> str:
     import torch
 
@@ -267,10 +306,9 @@ def _command(path: Path, data: str | None) -> str:
 
 
 def _print_findings(console: Console, folder: Path) -> None:
-    from harness.findings import findings
-    from harness.store import read_rows
+    from harness.report import conclusions
 
-    for sentence in findings(read_rows(folder)):
+    for sentence in conclusions(folder):
         console.print(sentence, highlight=False)
 
 
@@ -281,6 +319,9 @@ def main() -> None:
     except SpecError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
+    except OSError as error:  # a full disk, a database that stays away
+        print(f"stopped: {error}; finished points are kept; run the same command again", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted; finished points are kept, the same command goes on from here", file=sys.stderr)
         sys.exit(130)

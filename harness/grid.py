@@ -1,13 +1,17 @@
-"""Grid expansion: a part of a sweep becomes points; a parameter assignment becomes one point."""
+"""Grid expansion: a part of a sweep becomes points; a parameter assignment becomes one point, and back."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import math
 from collections.abc import Mapping
 from typing import Any
 
+import pandas as pd
+
 from harness.points import Point
-from harness.spec import AxisValue, Part, Range
+from harness.spec import INTEGER_AXES, AxisValue, Part, Range
 from moc.config import get_preset
 from moc.methods import get_method
 from moc.selection import parse_selection
@@ -41,16 +45,19 @@ def make_point(
     values: dict[str, Any] = {**part.fixed, **assignment}
     method = str(values["method"])
     takes_selection = get_method(method).takes_selection
-    rule = values.get("selection")
-    if rule is None and "k_frac" in values:
-        rule = f"topk:{round(float(values['k_frac']), 4)}"
-    selection = str(parse_selection(str(rule))) if takes_selection and rule is not None else None
-
     shape: dict[str, Any] = {"d_model": None, "d_ffn": None, "n_layers": None, "n_heads": None}
     if "preset" in values:
         config = get_preset(str(values["preset"]))
         shape = {name: getattr(config, name) for name in shape}
     shape.update({name: values[name] for name in shape if name in values})
+
+    rule = values.get("selection")
+    if rule is None and "k_frac" in values:
+        fraction = float(values["k_frac"])
+        if isinstance(part.axes.get("k_frac"), Range):
+            fraction = _whole_channels(fraction, shape["d_ffn"])
+        rule = f"topk:{round(fraction, 6)}"
+    selection = str(parse_selection(str(rule))) if takes_selection and rule is not None else None
 
     pretrain = part.workload == "pretrain"
     extra: dict[str, Any] = {}
@@ -76,6 +83,90 @@ def make_point(
         timing_mode=str(values.get("timing_mode", "auto")),
         **extra,
     )
+
+
+def _whole_channels(fraction: float, d_ffn: int) -> float:
+    """The four-digit fraction (more on wide layers) of the channels kept: 0.18734 of 704 is 132, so 0.1875.
+
+    A sampler's continuous values are many names for few points; this gives each point one.
+    """
+    k = max(1, round(fraction * d_ffn))
+    candidates = (round(k / d_ffn, digits) for digits in (4, 5, 6))
+    return next((value for value in candidates if round(value * d_ffn) == k), fraction)
+
+
+def baseline_of(part: Part, assignment: Mapping[str, AxisValue]) -> dict[str, AxisValue]:
+    """The assignment of the dense point that a trial is compared with.
+
+    Dense has no K, and speed and memory do not depend on the learning rate, so all trials of a shape share
+    one baseline, at the middle of the range of learning rates.
+    """
+    assert part.optimize is not None
+    shared: dict[str, AxisValue] = {**assignment, "method": part.optimize.baseline}
+    axis = part.axes.get("lr")
+    if isinstance(axis, Range):
+        middle = math.sqrt(axis.low * axis.high) if axis.log else (axis.low + axis.high) / 2
+        shared["lr"] = float(f"{middle:.4g}")
+    elif axis is not None:
+        shared["lr"] = sorted(axis)[(len(axis) - 1) // 2]
+    return shared
+
+
+def point_of_row(part: Part, row: Mapping[str, Any]) -> Point | None:
+    """The point that a row was measured for, or None if its key says it is another one.
+
+    Rows carry every field of a point but the timing mode that was asked for, which the part knows.
+    """
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(Point):
+        value = row[field.name]
+        number = not isinstance(value, str)
+        values[field.name] = (
+            None if number and pd.isna(value) else value.item() if hasattr(value, "item") else value
+        )
+    axis = part.axes.get("timing_mode", [part.fixed.get("timing_mode", "auto")])
+    for mode in axis if isinstance(axis, list) else ():
+        point = Point(**{**values, "timing_mode": mode})
+        if point.key == row["point_key"]:
+            return point
+    return None
+
+
+def assignment_of(
+    part: Part, point: Point, data_ids: Mapping[int, str] | None = None
+) -> dict[str, AxisValue] | None:
+    """The values of the axes that make a point, or None if the part's space does not hold it.
+
+    The inverse of `make_point`, up to what the point does not say: the K or rule of a dense method, and
+    which of the fractions that keep the same channels a sampler named.
+    """
+    given = {**point.to_dict(), "tokens": point.tokens}
+    found: dict[str, AxisValue] = {}
+    for name, axis in part.axes.items():
+        if name == "k_frac":
+            value: Any = parse_selection(point.selection).k_frac(point.d_ffn) if point.selection else None
+        else:
+            value = given.get(name)
+        if isinstance(axis, Range):
+            inside = min(max(axis.high if value is None else value, axis.low), axis.high)
+            found[name] = int(inside) if name in INTEGER_AXES else float(inside)
+        elif value is None:
+            found[name] = axis[0]
+        else:
+            match = [choice for choice in axis if _same(name, choice, value, point.d_ffn)]
+            if not match:
+                return None
+            found[name] = match[0]
+    made = make_point(part, found, point.seed, data_ids)
+    return found if made.key == point.key else None
+
+
+def _same(name: str, choice: AxisValue, value: Any, d_ffn: int) -> bool:
+    if name == "selection":
+        return str(parse_selection(str(choice))) == value
+    if name == "k_frac":
+        return parse_selection(f"topk:{choice}").k(d_ffn) == round(value * d_ffn)
+    return bool(choice == value)
 
 
 def vocab_sizes(part: Part) -> list[int]:

@@ -94,6 +94,9 @@ class Reporter(Protocol):
     def progress(self, point: Point, fraction: float, text: str = "") -> None:
         """How far the point is, 0 to 1, for the progress bar."""
 
+    def intermediate(self, point: Point, percent: int, values: dict[str, float]) -> None:
+        """What a training has reached after `percent` of its tokens, by metric: a pruner may end it there."""
+
     def finish(self, point: Point, status: str = "ok", detail: str = "") -> None:
         """The point is done; its rows become durable. `status` is one of `harness.metrics.STATUSES`."""
 

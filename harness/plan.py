@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.grid import expand, vocab_sizes
+from harness.grid import expand, make_point, vocab_sizes
 from harness.points import Point, group_points
-from harness.spec import Part, SpecError, Sweep
+from harness.spec import INTEGER_AXES, AxisValue, Part, Range, SpecError, Sweep
 from moc.config import FfnShape
 from moc.methods import get_method
 from moc.selection import parse_selection
 
 # Rivals of these workloads run in one process, on the same weights and inputs, so that they are paired.
 GROUPED_WORKLOADS = ("ffn_train", "ffn_decode")
+_MOST_CORNERS = 1000  # of a search that are looked at
 # What `--retry` measures again.
 RETRY: dict[str, tuple[str, ...]] = {
     "none": (),
@@ -63,6 +65,25 @@ def prepare_data(sweep: Sweep, say: Callable[[str], None]) -> dict[int, str]:
     return ids
 
 
+def find_data(sweep: Sweep) -> dict[int, str]:
+    """As `prepare_data`, but only what is tokenised already: nothing is read, built or written.
+
+    Raises SpecError for a source or a vocabulary that cannot be used.
+    """
+    from harness.data import SourceError, find
+    from harness.data.tokenizer import VocabularyError
+
+    ids = {}
+    for size in sorted({size for part in sweep.parts for size in vocab_sizes(part)}):
+        try:
+            dataset = find(sweep.data, size)
+        except (SourceError, VocabularyError) as error:
+            raise SpecError(str(error)) from error
+        if dataset is not None:
+            ids[size] = dataset.data_id
+    return ids
+
+
 def describe_source(source: str) -> str:
     """A text source without the path of this machine: only the last part of a `files:` pattern is kept."""
     kind, _, rest = source.partition(":")
@@ -94,10 +115,39 @@ def grid_points(sweep: Sweep, data_ids: Mapping[int, str] | None = None) -> list
     return [(part, expand(part, data_ids) if part.mode == "grid" else []) for part in sweep.parts]
 
 
+def largest_points(part: Part, data_ids: Mapping[int, str] | None = None) -> list[Point]:
+    """The most work a search can propose: every number at its highest, for each combination of names."""
+    choices: list[list[AxisValue]] = []
+    for name, axis in part.axes.items():
+        if isinstance(axis, Range):
+            choices.append([int(axis.high) if name in INTEGER_AXES else axis.high])
+        else:
+            numbers = [value for value in axis if not isinstance(value, str)]
+            choices.append([max(numbers)] if len(numbers) == len(axis) else axis)
+    combinations = itertools.islice(itertools.product(*choices), _MOST_CORNERS)
+    points = [
+        make_point(part, dict(zip(part.axes, values, strict=True)), part.seeds[0], data_ids)
+        for values in combinations
+    ]
+    return list({point.key: point for point in points}.values())
+
+
 def unsupported_reason(point: Point, device: str) -> str | None:
     """Why a point cannot be measured on a kind of device (`cpu`, `cuda`); None if it can."""
-    selection = None
-    if point.selection is not None:
-        selection = parse_selection(point.selection)
-    shape = FfnShape(point.d_model, point.d_ffn)
-    return get_method(point.method).unsupported_reason(shape, selection, point.dtype, device)
+    method = get_method(point.method)
+    selection = None if point.selection is None else parse_selection(point.selection)
+    if point.workload == "ffn_decode" and not method.decode:
+        return f"method {method.name} does not decode"
+    if point.workload != "ffn_decode" and not method.backward:
+        return f"method {method.name} has no backward pass"
+    if point.workload == "pretrain":
+        from harness.training import AUTOCAST_DTYPES
+        from harness.workloads.pretrain import model_config
+
+        if point.dtype not in AUTOCAST_DTYPES:
+            return f"dtype {point.dtype} cannot be trained; choose one of {', '.join(AUTOCAST_DTYPES)}"
+        try:
+            model_config(point)
+        except ValueError as error:
+            return str(error)
+    return method.unsupported_reason(FfnShape(point.d_model, point.d_ffn), selection, point.dtype, device)

@@ -7,6 +7,7 @@ import time
 from types import TracebackType
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
 from harness.metrics import METRICS, PRIMARY_METRIC
@@ -57,6 +58,19 @@ class SweepProgress:
                 self._running[point.key] = self._bar.add_task(point.label, total=100, note=text)
             self._bar.update(self._running[point.key], completed=round(100 * fraction), note=text)
 
+    def expect(self, count: int) -> None:
+        """More points than the sweep's own are measured: dense baselines of a search."""
+        with self._lock:
+            self._total += count
+            self._bar.update(self._sweep, total=self._total)
+
+    def skip(self, point: Point, text: str) -> None:
+        """A point is answered without a measurement of its own; `text` says why."""
+        with self._lock:
+            self._done += 1
+            self._bar.update(self._sweep, completed=self._done)
+            self._console.print(f"\\[{self._done}/{self._total}] {point.label}: {text}", highlight=False)
+
     def finish(self, outcome: Finished) -> None:
         """A point ended, in whatever way."""
         with self._lock:
@@ -72,7 +86,7 @@ class SweepProgress:
                 self._note_best(metric, row["value"], outcome.point)
                 said = f"{row['value']:,.4g} {METRICS[metric].unit}"
             else:
-                said = f"[bold]{outcome.status}[/bold]: {row['detail']}"
+                said = f"[bold]{outcome.status}[/bold]: {escape(row['detail'])}"
             note = f"failed {self._failed} · left {self._left()} · {self._best_text()}"
             self._bar.update(self._sweep, completed=self._done, note=note)
             place = f"[{self._done}/{self._total}]"

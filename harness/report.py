@@ -18,8 +18,12 @@ import pandas as pd
 
 from harness import text
 from harness.findings import findings
+from harness.memory_formula import memory_formula
+from harness.optimization_report import Section, search_section, search_sentences, searched_parts, split
+from harness.plot_optimization import PLOT_NAMES as _SEARCH_PLOTS
 from harness.plots import draw_plots
-from harness.present import failure_table, headline_for_people, workload_table
+from harness.present import failure_table, headline_for_people, memory_formula_table, workload_table
+from harness.spec import part_name
 from harness.store import read_rows, read_samples
 from harness.tables import headline_table, point_table, summarise
 
@@ -34,6 +38,7 @@ _PLOT_NAMES = (
     *("perplexity_vs_k", "throughput_vs_k", "memory_vs_k", "perplexity_memory_pareto"),
     *("throughput_vs_seq_len", "loss_vs_tokens", "loss_gap_vs_tokens"),
     *("ffn_step_time", "ffn_saved_bytes", "ffn_speedup"),
+    *_SEARCH_PLOTS,
 )
 
 
@@ -93,6 +98,7 @@ def write_report(results_dir: Path, device_name: str | None = None) -> list[Path
     environments = _environments(results_dir)
     command = text.without_paths(_read(results_dir / "command.txt").strip())
 
+    parts = searched_parts(results_dir)
     blocks: list[Block] = [Heading(1, f"Sweep {rows['sweep'].iloc[0]}")]
     if len(devices) > 1:
         blocks.append(Paragraph(f"{len(devices)} devices, a section each; numbers of two devices never mix."))
@@ -101,9 +107,20 @@ def write_report(results_dir: Path, device_name: str | None = None) -> list[Path
         own = rows[rows["device_name"] == device]
         tail = "" if len(devices) == 1 else "-" + _slug(device)
         records = [environments[key] for key in dict.fromkeys(own["env_id"].dropna()) if key in environments]
-        section, paths = _device_section(own, samples, records, command, results_dir / "plots", tail, device)
-        blocks += section
-        pictures += paths
+        caption = _caption(own, records, command, device)
+        blocks.append(Heading(2, device))
+        searches, rest = split(parts, own)
+        for search in searches:
+            place = tail if len(searches) == 1 else f"-{_slug(part_name(search.part))}{tail}"
+            found = search_section(search, results_dir, caption, place)
+            blocks += _search_blocks(found)
+            pictures += [plot.path for plot in found.plots]
+        if not rest.empty:
+            section, paths = _grid_section(rest, samples, caption, results_dir / "plots", tail)
+            blocks += section
+            pictures += paths
+        if records:
+            blocks += [Heading(3, "Environment"), Table(_environment_table(records))]
     sweep_file = _read(results_dir / "sweep.yaml")
     if sweep_file or command:
         blocks.append(Heading(2, "How it was run"))
@@ -118,18 +135,36 @@ def write_report(results_dir: Path, device_name: str | None = None) -> list[Path
     return [*pictures, markdown, page]
 
 
-def _device_section(
-    rows: pd.DataFrame,
-    samples: pd.DataFrame,
-    records: list[dict[str, Any]],
-    command: str,
-    folder: Path,
-    tail: str,
-    device: str,
+def conclusions(results_dir: Path) -> list[str]:
+    """What the rows of a results folder show: of its searches, and of all that belongs to none."""
+    rows, samples = read_rows(results_dir), read_samples(results_dir)
+    parts = searched_parts(results_dir)
+    said: list[str] = []
+    left = rows
+    for _, own in rows.groupby("device_name", sort=False, dropna=False) if parts else ():
+        for search in split(parts, own)[0]:
+            said += search_sentences(results_dir, search)
+            theirs = (left["device_name"] == own["device_name"].iloc[0]) & left["point_key"].isin(search.keys)
+            left = left[~theirs]
+    return said + findings(left, samples)
+
+
+def _search_blocks(section: Section) -> list[Block]:
+    blocks: list[Block] = [Heading(3, section.heading), Bullets(section.sentences)]
+    blocks += [Picture(plot.path, plot.title) for plot in section.plots]
+    for heading, table, note in section.tables:
+        blocks += [Heading(4, heading), Table(table)]
+        if note:
+            blocks.append(Paragraph(note))
+    return blocks
+
+
+def _grid_section(
+    rows: pd.DataFrame, samples: pd.DataFrame, caption: str, folder: Path, tail: str
 ) -> tuple[list[Block], list[Path]]:
     points = point_table(rows, samples)
     summary = summarise(points)
-    blocks: list[Block] = [Heading(2, device)]
+    blocks: list[Block] = []
     sentences = findings(rows, samples)
     if sentences:
         blocks += [Heading(3, "What the numbers say"), Bullets(tuple(sentences))]
@@ -137,18 +172,26 @@ def _device_section(
     if not headline.empty:
         blocks += [Heading(3, "Headline"), Table(headline_for_people(headline))]
         blocks.append(Paragraph(_headline_note(headline)))
-    plots = draw_plots(rows, samples, _caption(rows, records, command, device), folder, tail)
+    plots = draw_plots(rows, samples, caption, folder, tail)
     if plots:
         blocks.append(Heading(3, "Plots"))
         blocks += [Picture(plot.path, plot.title) for plot in plots]
     for workload in dict.fromkeys(summary["workload"]) if not summary.empty else ():
         blocks.append(Heading(3, f"All points of {workload}"))
         blocks.append(Table(workload_table(summary[summary["workload"] == workload])))
+    checked = memory_formula(points)
+    if not checked.empty:
+        blocks.append(Heading(3, "Memory self-test"))
+        blocks.append(
+            Paragraph(
+                "Peak of the whole model as it should be: dense peak minus what each FFN layer does not keep,"
+                " times tokens and layers. The formula does not know transient memory at the peak."
+            )
+        )
+        blocks.append(Table(memory_formula_table(checked)))
     failed = failure_table(points)
     if not failed.empty:
         blocks += [Heading(3, "Points without a result"), Table(failed)]
-    if records:
-        blocks += [Heading(3, "Environment"), Table(_environment_table(records))]
     return blocks, [plot.path for plot in plots]
 
 

@@ -17,7 +17,9 @@ A file with several workloads lists them under `parts:`.
 from __future__ import annotations
 
 import difflib
+import math
 import re
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,7 +29,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from harness.job import MeasureSettings
-from harness.metrics import METRICS
+from harness.strict_yaml import load_yaml, short
 
 MAX_FILE_BYTES = 256 * 1024
 MAX_POINTS = 100_000
@@ -114,10 +116,17 @@ class Objective(_Model):
 
 
 class Optimize(_Model):
+    """A search in place of a grid.
+
+    `constraints` are limits: at most for a metric where less is better, at least where more is. `seed` is
+    the sampler's; the seeds of the measurements are the part's own, the same for every trial, and an
+    objective is the mean over them. `baseline` is the dense method each trial is compared with.
+    """
+
     sampler: Literal["tpe", "nsga2", "random"] = "tpe"
     n_trials: int = Field(30, ge=1, le=MAX_POINTS)
     objectives: list[Objective] = Field(min_length=1)
-    constraints: dict[str, float] = {}
+    constraints: dict[str, Annotated[float, Field(gt=0)]] = {}
     pruner: Literal["none", "median", "hyperband"] = "none"
     baseline: str = "dense"
     seed: int = 0
@@ -163,14 +172,16 @@ def load_sweep(path: Path) -> Sweep:
     return parse_sweep(raw.decode("utf-8", errors="replace"), str(path))
 
 
-def parse_sweep(text: str, source: str) -> Sweep:
-    """Validate the text of a sweep file; `source` names it in messages. Raises SpecError."""
+def parse_sweep(text: str, source: str, *, import_methods: bool = True) -> Sweep:
+    """Validate the text of a sweep file; `source` names it in messages. Raises SpecError.
+
+    A method given as `package.module:factory` is imported. Not so with `import_methods` False, for a sweep
+    that nobody named but that lies in a results folder: then a method that is not imported yet is refused.
+    """
     try:
-        values = yaml.load(text, Loader=_StrictLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f" line {mark.line + 1}" if mark else ""
-        raise SpecError(f"{source}:{place} not YAML: {getattr(error, 'problem', None) or error}") from error
+        values = load_yaml(text)
+    except ValueError as error:
+        raise SpecError(f"{source}: {error}") from error
     if not isinstance(values, dict):
         raise SpecError(f"{source}: a sweep is a mapping with version, name, workload and axes")
     if "parts" not in values:
@@ -184,39 +195,24 @@ def parse_sweep(text: str, source: str) -> Sweep:
     except pydantic.ValidationError as error:
         lines = [_explain(source, prefix, item) for item in error.errors()]
         raise SpecError("\n".join(dict.fromkeys(lines))) from error
+    if not import_methods:
+        _refuse_imports(source, sweep)
     _check_sweep(source, prefix, sweep)
     return sweep
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """safe_load that refuses aliases (a short file could stand for a huge one) and repeated keys."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.events.AliasEvent):
-            event = self.peek_event()
-            raise yaml.constructor.ConstructorError(
-                None, None, "aliases (*name) are not allowed in a sweep", event.start_mark
-            )
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+def _refuse_imports(source: str, sweep: Sweep) -> None:
+    for part in sweep.parts:
+        axis = part.axes.get("method", [part.fixed.get("method", "")])
+        for name in axis if isinstance(axis, list) else []:
+            module, colon, _ = str(name).partition(":")
+            if colon and module not in sys.modules:
+                raise SpecError(f"{source}: method {short(name)} is not imported; name the sweep file itself")
 
 
-# YAML 1.1 reads `1e-3` as a string, because it wants a dot; people mean a number.
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
+def sweep_text(sweep: Sweep) -> str:
+    """The sweep as YAML that `load_sweep` reads back, with what was left out spelled as its default."""
+    return yaml.safe_dump(sweep.model_dump(mode="json", exclude_none=True), sort_keys=False, width=110)
 
 
 def near_miss(name: str, valid: Iterable[str]) -> str:
@@ -252,20 +248,15 @@ def _explain(source: str, prefix: tuple[Any, ...], item: Any) -> str:
         return f"{source}: {place} is {value!r}{near_miss(value, valid)}"
     if kind == "list_type" and location[-1] == "list":
         return (
-            f"{source}: {place} is {_short(value)}; it should be a list, such as [{value}],"
+            f"{source}: {place} is {short(value)}; it should be a list, such as [{value}],"
             " or {low: ..., high: ...} in an optimisation"
         )
     if kind == "too_short":
         return (
-            f"{source}: {place} is {_short(value)}; it should have at least {item['ctx']['min_length']} item"
+            f"{source}: {place} is {short(value)}; it should have at least {item['ctx']['min_length']} item"
         )
     message = item["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    return f"{source}: {place} is {_short(value)}; it should be {message}"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return f"{source}: {place} is {short(value)}; it should be {message}"
 
 
 def _fields_at(owner: str) -> list[str]:
@@ -282,14 +273,21 @@ def _fields_at(owner: str) -> list[str]:
     return sorted({*Sweep.model_fields, *Part.model_fields} - {"parts"})
 
 
+# What may stand in a path: no separator, and no leading dot, so no `..` either.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+
 def _check_sweep(source: str, prefix: tuple[Any, ...], sweep: Sweep) -> None:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", sweep.name):
+    if not _NAME.fullmatch(sweep.name):
         raise SpecError(
-            f"{source}: name is {sweep.name!r}; it names a folder under results/: letters, digits, _ . - only"
+            f"{source}: name is {short(sweep.name)}; it names a folder under results/: letters, digits,"
+            " _ . - only"
         )
     names = [part_name(part) for part in sweep.parts]
     for index, part in enumerate(sweep.parts):
         where = f"{source}: " if prefix else f"{source}: parts[{index}]."
+        if not _NAME.fullmatch(names[index]):
+            raise SpecError(f"{where}name is {short(part.name)}; it names files: letters, digits, _ . - only")
         if names.count(names[index]) > 1:
             raise SpecError(f"{where}name {names[index]!r} stands twice; give each part its own name")
         _check_part(where, part)
@@ -301,6 +299,8 @@ def part_name(part: Part) -> str:
 
 
 def _check_part(where: str, part: Part) -> None:
+    from harness.spec_optimize import check_search
+
     valid = AXES[part.workload]
     for section, names in (("axes", list(part.axes)), ("fixed", list(part.fixed))):
         for name in names:
@@ -325,25 +325,13 @@ def _check_part(where: str, part: Part) -> None:
             for value in axis:
                 _check_value(place, name, value)
     _check_complete(where, part, set(given))
+    sizes = [len(axis) for axis in part.axes.values() if isinstance(axis, list)]
+    if part.mode == "grid" and (count := math.prod([*sizes, len(part.seeds)])) > MAX_POINTS:
+        raise SpecError(f"{where}axes span {count:.3g} points; a part has at most {MAX_POINTS}")
     if part.mode == "optimize":
         if part.optimize is None:
             raise SpecError(f"{where}optimize is missing; mode: optimize needs objectives and n_trials")
-        for index, objective in enumerate(part.optimize.objectives):
-            if objective.metric not in METRICS:
-                raise SpecError(
-                    f"{where}optimize.objectives[{index}].metric is {objective.metric!r}"
-                    f"{near_miss(objective.metric, METRICS)}"
-                )
-        for name in part.optimize.constraints:
-            if name not in METRICS:
-                raise SpecError(
-                    f"{where}optimize.constraints.{name} is not a metric{near_miss(name, METRICS)}"
-                )
-        if part.optimize.pruner != "none" and len(part.optimize.objectives) > 1:
-            raise SpecError(
-                f"{where}optimize.pruner is {part.optimize.pruner!r} with {len(part.optimize.objectives)}"
-                " objectives; only a study with one objective can prune"
-            )
+        check_search(where, part, part.optimize)
     elif part.optimize is not None:
         raise SpecError(f"{where}optimize is given but mode is grid; say mode: optimize")
 
@@ -353,10 +341,22 @@ def _check_range(place: str, name: str, axis: Range, part: Part) -> None:
         raise SpecError(f"{place} is a range; a grid needs a list (ranges are for mode: optimize)")
     if name not in INTEGER_AXES | FLOAT_AXES:
         raise SpecError(f"{place} is a range, but {name} takes names; list them")
+    if not all(math.isfinite(bound) for bound in (axis.low, axis.high, axis.step or 1)):
+        raise SpecError(f"{place} is not finite; a range has a lowest, a highest value and a step")
     if not axis.low < axis.high:
         raise SpecError(f"{place}.low is {axis.low}; it must be below high, {axis.high}")
     if axis.low <= 0:
         raise SpecError(f"{place}.low is {axis.low}; it must be above 0")
+    if name == "k_frac" and axis.high > 1:
+        raise SpecError(f"{place}.high is {axis.high}; a fraction of the channels is at most 1")
+    if axis.step is not None and axis.log:
+        raise SpecError(f"{place} has log and step; Optuna takes one of the two")
+    if axis.step is not None and axis.step <= 0:
+        raise SpecError(f"{place}.step is {axis.step}; it must be above 0")
+    if name in INTEGER_AXES:
+        for bound, value in (("low", axis.low), ("high", axis.high), ("step", axis.step or 1)):
+            if value != int(value):
+                raise SpecError(f"{place}.{bound} is {value}; {name} is a whole number")
 
 
 def _check_value(place: str, name: str, value: AxisValue) -> None:
@@ -366,31 +366,31 @@ def _check_value(place: str, name: str, value: AxisValue) -> None:
 
     if name in INTEGER_AXES:
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise SpecError(f"{place} has {value!r}; it should be a whole number of at least 1")
+            raise SpecError(f"{place} has {short(value)}; it should be a whole number of at least 1")
     elif name in FLOAT_AXES:
-        if not isinstance(value, int | float) or not value > 0:
-            raise SpecError(f"{place} has {value!r}; it should be a number above 0")
+        if not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise SpecError(f"{place} has {short(value)}; it should be a finite number above 0")
         if name == "k_frac" and value > 1:
-            raise SpecError(f"{place} has {value!r}; a fraction of the channels is at most 1")
+            raise SpecError(f"{place} has {short(value)}; a fraction of the channels is at most 1")
     elif name == "preset":
         if value not in PRESETS:
-            raise SpecError(f"{place} has {value!r}{near_miss(str(value), PRESETS)}")
+            raise SpecError(f"{place} has {short(value)}{near_miss(str(value), PRESETS)}")
     elif name == "dtype":
         if value not in DTYPES:
-            raise SpecError(f"{place} has {value!r}{near_miss(str(value), DTYPES)}")
+            raise SpecError(f"{place} has {short(value)}{near_miss(str(value), DTYPES)}")
     elif name == "timing_mode":
         if value not in TIMING_MODES:
-            raise SpecError(f"{place} has {value!r}{near_miss(str(value), TIMING_MODES)}")
+            raise SpecError(f"{place} has {short(value)}{near_miss(str(value), TIMING_MODES)}")
     elif name == "selection":
         try:
             parse_selection(str(value))
         except ValueError as error:
-            raise SpecError(f"{place} has {value!r}: {error}") from error
+            raise SpecError(f"{place} has {short(value)}: {error}") from error
     elif name == "method":
         try:
             get_method(str(value))
         except (ValueError, ImportError, AttributeError) as error:
-            raise SpecError(f"{place} has {value!r}: {error}") from error
+            raise SpecError(f"{place} has {short(value)}: {error}") from error
 
 
 def _check_complete(where: str, part: Part, given: set[str]) -> None:

@@ -7,45 +7,31 @@ Everything else in the folder can be made again from it.
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple, Protocol, TypeVar
 
 import filelock
 import pandas as pd
 
-from harness.metrics import METRICS, PRIMARY_METRIC, STATUSES
+from harness.linefile import LOCK_POLL_SECONDS, append_lines, append_whole, decode, encode, read_lines
+from harness.metrics import METRICS, PRIMARY_METRIC
+from harness.rows import (
+    COLUMNS,
+    MEASURED,
+    BatchKey,
+    PointPlace,
+    batch_key,
+    checked,
+    counts_over,
+    is_primary,
+    place,
+    typed,
+    whole_batches,
+)
 
-COLUMNS: tuple[str, ...] = (
-    *("schema_version", "sweep", "point_key", "run_id", "attempt", "seed"),
-    *("workload", "method", "selection", "preset", "d_model", "d_ffn", "n_layers", "n_heads", "k", "k_frac"),
-    *("batch", "seq_len", "tokens", "train_tokens", "eval_tokens", "vocab_size", "lr", "data_id"),
-    *("dtype", "timing_mode"),
-    *("metric", "unit", "higher_is_better", "value", "ci_low", "ci_high", "n_samples", "statistic"),
-    *("status", "detail"),
-    *("device_name", "sm_clock_mhz", "throttled", "env_id", "started_at"),
-)
-_INTEGERS = (
-    *(
-        "schema_version",
-        "attempt",
-        "seed",
-        "d_model",
-        "d_ffn",
-        "n_layers",
-        "n_heads",
-        "k",
-        "batch",
-        "seq_len",
-    ),
-    *("tokens", "train_tokens", "eval_tokens", "vocab_size", "n_samples"),
-)
-_FLOATS = ("k_frac", "lr", "value", "ci_low", "ci_high", "sm_clock_mhz")
-_BOOLEANS = ("higher_is_better", "throttled")
-# A measured value stands behind these; the others are outcomes without one.
-MEASURED = ("ok", "unstable")
 # What tells points of one sweep apart for people, in the order wide.csv shows it.
 POINT_COLUMNS: tuple[str, ...] = (
     *("device_name", "workload", "preset", "d_model", "d_ffn", "n_layers", "batch", "seq_len", "tokens"),
@@ -65,94 +51,229 @@ POINT_COLUMNS: tuple[str, ...] = (
 )
 
 
+T = TypeVar("T")
+
+
+class Batch(NamedTuple):
+    """One outcome of one point, written in one piece: its rows, the raw samples behind them (each with
+    run_id, point_key, metric, x and value) and, for a failure, the end of its process's log."""
+
+    rows: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
+    log: str
+
+    @property
+    def key(self) -> BatchKey:
+        """What names it: run, attempt, device and point."""
+        return batch_key(self.rows[0])
+
+
+class RowStore(Protocol):
+    """Where the rows of one sweep come together: a results folder, or tables in a database.
+
+    However many processes append, a point is measured once on a device: the first whole outcome with a
+    measured value stays, and a failure can be followed by another attempt but hides nothing.
+    """
+
+    def append(
+        self, rows: list[dict[str, Any]], samples: Sequence[Mapping[str, Any]] = (), log: str = ""
+    ) -> bool:
+        """Make one point's outcome durable; False if the point is already measured on that device, or this
+        very outcome is already there. Raises ValueError if the rows are not one whole point, OSError if
+        they cannot be written (nothing half-written counts)."""
+
+    def append_environment(self, record: Mapping[str, Any]) -> None:
+        """Keep an environment record once; `env_id` joins it to rows."""
+
+    def finished(self, keys: Collection[str] | None = None) -> dict[PointPlace, str]:
+        """Status by (device_name, point_key), of all points or of those in `keys`."""
+
+    def current(
+        self, device_name: str, keys: Collection[str] | None = None
+    ) -> dict[str, list[dict[str, Any]]]:
+        """The rows that count of each point on a device, by point_key: the measured outcome, else the newest
+        failure."""
+
+    def batches(self) -> Iterator[Batch]:
+        """Everything that was written, in order."""
+
+    def environments(self) -> Iterator[dict[str, Any]]:
+        """Every environment record."""
+
+
 class Store:
-    """Appends finished points to the rows of one results folder; safe for several processes."""
+    """The `RowStore` of a results folder; safe for several processes, on one host or on a shared folder.
+
+    What was read once is remembered with the place up to which it was read, so an append costs what others
+    have appended since, not the length of the file.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.path = folder / "rows.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
-        self._lock = filelock.FileLock(str(folder / "rows.lock"))
+        self._file_lock = filelock.FileLock(str(folder / "rows.lock"))
+        self._seen = _Seen()
+        self._environments: set[str] = set()
 
-    def append(self, rows: list[dict[str, Any]], *, replace: bool = False) -> bool:
-        """Make one point's rows durable; returns False if the point is already measured on that device.
-
-        `replace` measures again on purpose: the newer rows are then the ones tables show. Raises ValueError
-        if the rows are not one whole point, OSError if the disk refuses (nothing half-written is left).
-        """
-        rows = _checked(rows)
-        payload = "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows).encode()
-        with self._lock:
-            key = (rows[0]["device_name"], rows[0]["point_key"])
-            if not replace and finished(read_raw(self.path)).get(key) in MEASURED:
+    def append(
+        self, rows: list[dict[str, Any]], samples: Sequence[Mapping[str, Any]] = (), log: str = ""
+    ) -> bool:
+        """See `RowStore`."""
+        batch = Batch(checked(rows), [], log)
+        with self._lock(), self.path.open("a+b") as file:
+            self._seen.catch_up(file)
+            if batch.key in self._seen.batches or self._seen.status.get(place(rows[0])) in MEASURED:
                 return False
-            with self.path.open("ab") as file:
-                _cut_torn_point(file.fileno(), self.path)
-                append_whole(file.fileno(), payload)
+            if samples:
+                append_lines(self.folder / "samples.jsonl", samples)
+            if log:
+                path = failure_log(self.folder, batch.rows[0])
+                path.parent.mkdir(exist_ok=True)
+                path.write_text(log + "\n", encoding="utf-8")
+            self._seen.cut_torn(file, self.folder / "rows.torn")
+            append_whole(file.fileno(), encode(batch.rows))
         return True
 
-    def append_samples(self, samples: list[dict[str, Any]]) -> None:
-        """Keep raw samples: each has run_id, point_key, metric, x and value (two lists of one length)."""
-        if samples:
-            payload = "".join(json.dumps(item, separators=(",", ":")) + "\n" for item in samples).encode()
-            self._append_line_file("samples.jsonl", payload)
-
     def append_environment(self, record: Mapping[str, Any]) -> None:
-        """Keep an environment record once; `env_id` joins it to rows."""
-        with self._lock:
-            known = {item["env_id"] for item in _json_lines(self.folder / "environments.jsonl")}
-        if record["env_id"] not in known:
-            self._append_line_file("environments.jsonl", (json.dumps(dict(record)) + "\n").encode())
+        """See `RowStore`."""
+        if record["env_id"] in self._environments:
+            return
+        with self._lock():
+            self._environments |= {item["env_id"] for item in self.environments()}
+            if record["env_id"] not in self._environments:
+                append_lines(self.folder / "environments.jsonl", [record])
+                self._environments.add(record["env_id"])
 
-    def finished(self) -> dict[tuple[str, str], str]:
-        """Status of every point by (device_name, point_key)."""
-        with self._lock:
-            return finished(read_raw(self.path))
+    def finished(self, keys: Collection[str] | None = None) -> dict[PointPlace, str]:
+        """See `RowStore`."""
+        with self._lock():
+            self._catch_up()
+            return dict(self._seen.of(self._seen.status, keys))
 
-    def _append_line_file(self, name: str, payload: bytes) -> None:
-        with self._lock, (self.folder / name).open("ab") as file:
-            _cut_partial_line(file.fileno(), self.folder / name)
-            append_whole(file.fileno(), payload)
+    def current(
+        self, device_name: str, keys: Collection[str] | None = None
+    ) -> dict[str, list[dict[str, Any]]]:
+        """See `RowStore`."""
+        found = {}
+        with self._lock():
+            self._catch_up()
+            spans = self._seen.of(self._seen.spans, keys)
+            wanted = {point_key: span for (device, point_key), span in spans if device == device_name}
+            if wanted:
+                with self.path.open("rb") as file:
+                    for key, (start, end, batch) in wanted.items():
+                        file.seek(start)
+                        rows = [decode(line) for line in file.read(end - start).splitlines(keepends=True)]
+                        found[key] = [row for row in rows if row is not None and batch_key(row) == batch]
+        return found
+
+    def batches(self) -> Iterator[Batch]:
+        """See `RowStore`."""
+        samples: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for item in read_lines(self.folder / "samples.jsonl"):
+            samples.setdefault((item["run_id"], item["point_key"]), []).append(item)
+        for rows in whole_batches(read_lines(self.path)):
+            log = failure_log(self.folder, rows[0])
+            text = log.read_text(encoding="utf-8").removesuffix("\n") if log.exists() else ""
+            yield Batch(rows, samples.get((rows[0]["run_id"], rows[0]["point_key"]), []), text)
+
+    def environments(self) -> Iterator[dict[str, Any]]:
+        """See `RowStore`."""
+        return read_lines(self.folder / "environments.jsonl")
+
+    def _lock(self) -> contextlib.AbstractContextManager[Any]:
+        return self._file_lock.acquire(poll_interval=LOCK_POLL_SECONDS)
+
+    def _catch_up(self) -> None:
+        if not self.path.exists():
+            self._seen = _Seen()
+            return
+        with self.path.open("rb") as file:
+            self._seen.catch_up(file)
 
 
-def append_whole(descriptor: int, payload: bytes) -> None:
-    """Write all of `payload` at the end of the file and sync it.
+class _Seen:
+    """What is known of rows.jsonl: every whole point in it up to the byte `end`."""
 
-    Raises OSError if the disk refuses; the file is then as it was.
-    """
-    size = os.fstat(descriptor).st_size
-    try:
-        view = memoryview(payload)
-        while view:
-            view = view[os.write(descriptor, view) :]
-        os.fsync(descriptor)
-    except OSError:
-        os.ftruncate(descriptor, size)
-        raise
+    def __init__(self) -> None:
+        self._forget()
+
+    def _forget(self) -> None:
+        self.end = 0
+        self.status: dict[PointPlace, str] = {}
+        self.spans: dict[PointPlace, tuple[int, int, BatchKey]] = {}
+        self.batches: set[BatchKey] = set()
+        self.devices: set[str] = set()
+        self._file = (0, 0)
+        self._last_line = b""
+
+    def catch_up(self, file: IO[bytes]) -> None:
+        """Read what has been appended since; everything again if it is not the file it was."""
+        now = os.fstat(file.fileno())
+        file.seek(max(0, self.end - len(self._last_line)))
+        same = self._file == (now.st_dev, now.st_ino) and file.read(len(self._last_line)) == self._last_line
+        if not same:
+            self._forget()
+            self._file = (now.st_dev, now.st_ino)
+        file.seek(self.end)
+        offset = self.end
+        starts: dict[BatchKey, int] = {}  # of points whose last row has not come yet
+        for line in file:
+            row = decode(line)
+            if row is not None:
+                key = batch_key(row)
+                start = starts.setdefault(key, offset)
+                if is_primary(row):
+                    self.end, self._last_line = offset + len(line), line
+                    self._learn(row, start, key)
+                    del starts[key]
+            offset += len(line)
+
+    def of(
+        self, known: Mapping[PointPlace, T], keys: Collection[str] | None
+    ) -> Iterator[tuple[PointPlace, T]]:
+        """The entries of points in `keys`, without a look at all the others."""
+        if keys is None:
+            yield from known.items()
+            return
+        for at in ((device, key) for device in self.devices for key in keys):
+            if at in known:
+                yield at, known[at]
+
+    def cut_torn(self, file: IO[bytes], torn: Path) -> None:
+        """Move what a crash left of a point it was writing to the file `torn`. Call `catch_up` before."""
+        file.seek(self.end)
+        rest = file.read()
+        if rest:
+            with torn.open("ab") as kept:
+                append_whole(kept.fileno(), rest)
+            os.ftruncate(file.fileno(), self.end)
+
+    def _learn(self, primary: Mapping[str, Any], start: int, key: BatchKey) -> None:
+        self.batches.add(key)
+        at = place(primary)
+        self.devices.add(at[0])
+        if counts_over(primary["status"], self.status.get(at)):
+            self.status[at] = primary["status"]
+            self.spans[at] = (start, self.end, key)
+
+
+def copy_rows(source: RowStore, target: RowStore) -> int:
+    """Bring what `source` has to `target`; what is there stays as it is. Returns how many outcomes."""
+    for record in source.environments():
+        target.append_environment(record)
+    return sum(target.append(batch.rows, batch.samples, batch.log) for batch in source.batches())
+
+
+def failure_log(folder: Path, row: Mapping[str, Any]) -> Path:
+    """Where the end of the log of a failed point is kept."""
+    return folder / "failures" / f"{row['run_id']}-{row['point_key']}.log"
 
 
 def read_raw(path: Path) -> list[dict[str, Any]]:
-    """Rows of whole points in the order they were written; pieces of cut-short points are left out."""
-    batches: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
-    whole: list[dict[str, Any]] = []
-    for row in _json_lines(path):
-        key = (row["run_id"], row["attempt"], row["point_key"])
-        batches.setdefault(key, []).append(row)
-        if row["metric"] == PRIMARY_METRIC[row["workload"]]:
-            whole.extend(batches.pop(key))
-    return whole
-
-
-def finished(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], str]:
-    """Status by (device_name, point_key): the newest measured outcome, else the newest failure."""
-    status: dict[tuple[str, str], str] = {}
-    for row in rows:
-        if row["metric"] != PRIMARY_METRIC[row["workload"]]:
-            continue
-        key = (row["device_name"], row["point_key"])
-        if status.get(key) not in MEASURED or row["status"] in MEASURED:
-            status[key] = row["status"]
-    return status
+    """Rows of whole points in the order they were finished."""
+    return [row for batch in whole_batches(read_lines(path)) for row in batch]
 
 
 def read_rows(folder: Path) -> pd.DataFrame:
@@ -162,24 +283,14 @@ def read_rows(folder: Path) -> pd.DataFrame:
     """
     path = folder / "rows.jsonl"
     if not path.exists() and (folder / "rows.parquet").exists():
-        return _typed(pd.read_parquet(folder / "rows.parquet"))
-    newest: dict[tuple[str, str], tuple[str, int]] = {}
-    measured: set[tuple[str, str]] = set()
-    rows = read_raw(path)
-    for row in rows:
-        key = (row["device_name"], row["point_key"])
-        if row["metric"] == PRIMARY_METRIC[row["workload"]]:
-            good = row["status"] in MEASURED
-            if good or key not in measured:
-                newest[key] = (row["run_id"], row["attempt"])
-            if good:
-                measured.add(key)
-    kept = [
-        row
-        for row in rows
-        if newest[(row["device_name"], row["point_key"])] == (row["run_id"], row["attempt"])
-    ]
-    return _typed(pd.DataFrame(kept, columns=list(COLUMNS)))
+        return typed(pd.read_parquet(folder / "rows.parquet"))
+    current: dict[PointPlace, list[dict[str, Any]]] = {}
+    for batch in whole_batches(read_lines(path)):
+        known = current.get(place(batch[-1]))
+        if counts_over(batch[-1]["status"], known[-1]["status"] if known else None):
+            current[place(batch[-1])] = batch
+    kept = [row for batch in current.values() for row in batch]
+    return typed(pd.DataFrame(kept, columns=list(COLUMNS)))
 
 
 def read_samples(folder: Path) -> pd.DataFrame:
@@ -191,7 +302,7 @@ def read_samples(folder: Path) -> pd.DataFrame:
         return pd.read_parquet(parquet) if parquet.exists() else pd.DataFrame(columns=columns)
     frames = [
         pd.DataFrame({**item, "x": item["x"], "value": item["value"]}, columns=columns)
-        for item in _json_lines(path)
+        for item in read_lines(path)
         if item["value"]
     ]
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=columns)
@@ -218,6 +329,11 @@ def wide(rows: pd.DataFrame) -> pd.DataFrame:
 
 def export(folder: Path) -> list[Path]:
     """Write rows.parquet, rows.csv, wide.csv and samples.parquet from the rows; returns what was written."""
+    with filelock.FileLock(str(folder / "export.lock")):  # two runners may come to their ends together
+        return _export(folder)
+
+
+def _export(folder: Path) -> list[Path]:
     rows = read_rows(folder)
     samples = read_samples(folder)
     written = [
@@ -234,84 +350,10 @@ def export(folder: Path) -> list[Path]:
 
 def _replace(path: Path, write: Any) -> Path:
     temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
+    try:
+        write(temporary)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     temporary.replace(path)
     return path
-
-
-def _checked(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    if not rows or len({row["point_key"] for row in rows}) != 1:
-        raise ValueError("rows of exactly one point are appended together")
-    primary = PRIMARY_METRIC[rows[0]["workload"]]
-    for row in rows:
-        if row["metric"] not in METRICS:
-            raise ValueError(f"metric {row['metric']!r} is not in harness.metrics.METRICS")
-        if row["status"] not in STATUSES:
-            raise ValueError(f"status {row['status']!r} is not one of {', '.join(STATUSES)}")
-        if set(row) != set(COLUMNS):
-            raise ValueError(f"row has other columns than the schema: {sorted(set(row) ^ set(COLUMNS))}")
-    last = [row for row in rows if row["metric"] == primary]
-    if len(last) != 1:
-        raise ValueError(f"a {rows[0]['workload']} point needs exactly one {primary} row, it has {len(last)}")
-    return [{name: row[name] for name in COLUMNS} for row in rows if row is not last[0]] + [
-        {name: last[0][name] for name in COLUMNS}
-    ]
-
-
-def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    if not path.exists():
-        return
-    for line in path.read_bytes().split(b"\n"):
-        if line.strip():
-            try:
-                yield json.loads(line)
-            except ValueError:
-                continue  # a line cut short by a crash; its point is measured again
-
-
-def _cut_partial_line(descriptor: int, path: Path) -> None:
-    """Drop a last line that a crash left without its newline, so the next one starts on its own line."""
-    if not _last_line(path).endswith(b"\n"):
-        os.ftruncate(descriptor, path.read_bytes().rfind(b"\n") + 1)
-
-
-def _cut_torn_point(descriptor: int, path: Path) -> None:
-    """Move what a crash left of a point that was being written out of the way, to `rows.torn`."""
-    if _ends_point(_last_line(path)):
-        return
-    keep = 0
-    offset = 0
-    for line in path.read_bytes().splitlines(keepends=True):
-        offset += len(line)
-        if _ends_point(line):
-            keep = offset
-    with path.with_name("rows.torn").open("ab") as torn:
-        append_whole(torn.fileno(), path.read_bytes()[keep:])
-    os.ftruncate(descriptor, keep)
-
-
-def _last_line(path: Path, window: int = 65536) -> bytes:
-    with path.open("rb") as file:
-        end = file.seek(0, os.SEEK_END)
-        file.seek(max(0, end - window))
-        text = file.read()
-    return text[text.rfind(b"\n", 0, -1) + 1 :]
-
-
-def _ends_point(line: bytes) -> bool:
-    if not line.endswith(b"\n"):
-        return False
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return False
-    return bool(row["metric"] == PRIMARY_METRIC[row["workload"]])
-
-
-def _typed(rows: pd.DataFrame) -> pd.DataFrame:
-    types = {
-        **dict.fromkeys(_INTEGERS, "Int64"),
-        **dict.fromkeys(_FLOATS, "Float64"),
-        **dict.fromkeys(_BOOLEANS, "boolean"),
-    }
-    return rows.astype(types)

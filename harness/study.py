@@ -1,4 +1,4 @@
-"""Every Optuna call lives here. A study is the sampler and the dashboard's view of a sweep part.
+"""Optuna's view of a sweep part. Only this file, `search`, `samplers` and `importances` call Optuna.
 
 The rows are the truth: a study that is lost is made again from them, and nothing measured depends on it.
 The default storage is a journal file, which several processes can share; SQLite is refused because its locks
@@ -9,21 +9,29 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mimetypes
+import re
+import uuid
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import filelock
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.artifacts import FileSystemArtifactStore
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.trial import Trial, TrialState, create_trial
+from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
+from sqlalchemy.exc import SQLAlchemyError
 
+from harness.linefile import LOCK_POLL_SECONDS, cut_partial_line
 from harness.metrics import METRICS
+from harness.optimization import Outcome, Row, judge
 from harness.points import Point
-from harness.spec import INTEGER_AXES, AxisValue, Objective, Part, Range, SpecError, Sweep, part_name
-from harness.store import MEASURED
+from harness.rows import MEASURED, counts_over
+from harness.samplers import make_pruner, make_sampler, space
+from harness.spec import Objective, Optimize, Part, SpecError, Sweep, part_name, sweep_text
 
 JOURNAL_NAME = "study.journal"
 _GRID_OBJECTIVES: dict[str, tuple[str, ...]] = {
@@ -45,22 +53,51 @@ _ATTRIBUTES = (
 )
 
 
+class JournalLock:
+    """The lock of a journal's writers, which dies with its holder.
+
+    Optuna's own is a link that a killed process leaves behind, for the next one to wait on. A killed process
+    can also leave half a line, after which nobody could read the journal: the next writer cuts it off.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = filelock.FileLock(f"{path}.lock")
+
+    def acquire(self) -> bool:
+        """Wait for the lock; always True."""
+        self._lock.acquire(poll_interval=LOCK_POLL_SECONDS)
+        cut_partial_line(self._path)
+        return True
+
+    def release(self) -> None:
+        """Let the next one write."""
+        self._lock.release()
+
+
 def open_storage(folder: Path, url: str | None = None) -> BaseStorage:
     """The study's storage: the journal file of a results folder, or a database by URL.
 
-    Raises SpecError for SQLite, naming the journal as what to use instead.
+    Raises SpecError for SQLite, naming the journal as what to use instead, and for a database that is not
+    there.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if url is None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            return JournalStorage(JournalFileBackend(str(folder / JOURNAL_NAME)))
+            path = folder / JOURNAL_NAME
+            # Optuna asks for its abstract lock, which it does not export; these two methods are all of it.
+            return JournalStorage(JournalFileBackend(str(path), JournalLock(path)))  # type: ignore[arg-type]
     if url.startswith("sqlite"):
         raise SpecError(
             f"--storage {url}: SQLite cannot be shared by workers; leave --storage out to use the journal"
             " file, or name a PostgreSQL server (postgresql+psycopg://...)"
         )
-    return RDBStorage(url)
+    try:
+        return RDBStorage(url)
+    except (SQLAlchemyError, ImportError) as error:
+        shown = re.sub(r"(?<=:)[^:/@]+(?=@)", "***", url)
+        raise SpecError(f"--storage {shown}: {str(error).partition(chr(10))[0]}") from error
 
 
 def objectives(part: Part, device: str) -> list[Objective]:
@@ -76,102 +113,103 @@ def objectives(part: Part, device: str) -> list[Objective]:
 
 
 class PartStudy:
-    """The Optuna study of one part of a sweep."""
+    """The Optuna study of one part of a sweep: for a grid a view, one trial a point.
+
+    `harness.search.SearchStudy` is the study of a part that is optimised.
+    """
 
     def __init__(
-        self, sweep: Sweep, part: Part, storage: BaseStorage, device: str, points: list[Point]
+        self,
+        sweep: Sweep,
+        part: Part,
+        storage: BaseStorage,
+        device: str,
+        points: list[Point],
+        data_ids: Mapping[int, str] | None = None,
     ) -> None:
         self.part = part
         self._storage = storage
+        self._data_ids = dict(data_ids or {})
         self.objectives = objectives(part, device)
-        self._distributions = _distributions(part, points)
-        # Optuna refuses a study whose parameter space changed, so the space is part of the name.
-        space = json.dumps(
-            [sorted((name, repr(d)) for name, d in self._distributions.items()), str(self.objectives)]
-        )
-        self.name = f"{sweep.name}.{part_name(part)}.{hashlib.sha256(space.encode()).hexdigest()[:6]}"
+        self._distributions = space(part, points)
+        self.name = f"{sweep.name}.{part_name(part)}.{self._space_id(device)}"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             self._study = optuna.create_study(
                 storage=storage,
                 study_name=self.name,
-                sampler=_sampler(part),
+                sampler=make_sampler(part.optimize),
+                pruner=make_pruner(part.optimize),
                 directions=[objective.direction for objective in self.objectives],
                 load_if_exists=True,
             )
             self._study.set_metric_names([objective.metric for objective in self.objectives])
+        _label(self._study, sweep, part)
         self._study_id = storage.get_study_id_from_name(self.name)
 
     def begin(self, point: Point) -> Trial:
-        """A running trial that stands for a grid point."""
-        template = create_trial(
-            state=TrialState.RUNNING,
-            params=self._parameters(point),
-            distributions=self._distributions,
-            user_attrs=_attributes(point),
-        )
-        return Trial(self._study, self._storage.create_new_trial(self._study_id, template_trial=template))
+        """A running trial that stands for a measured or soon measured point."""
+        values = {**point.to_dict(), "tokens": point.tokens, "selection": point.selection or "none"}
+        return self._start({name: values[name] for name in self._distributions}, point)
 
-    def suggest(self) -> tuple[Trial, dict[str, AxisValue]]:
-        """Ask the sampler for values of every axis (`mode: optimize`)."""
-        trial = self._study.ask(self._distributions)
-        assignment = {name: trial.params[name] for name in self._distributions}
-        return trial, {name: _plain(value) for name, value in assignment.items()}
-
-    def describe(self, trial: Trial, point: Point) -> None:
-        """Give a suggested trial the flat attributes of its point."""
-        for name, value in _attributes(point).items():
-            trial.set_user_attr(name, value)
-
-    def complete(self, trial: Trial, point: Point, rows: Iterable[Mapping[str, Any]]) -> None:
+    def complete(self, trial: Trial, point: Point, rows: Iterable[Row]) -> None:
         """End a trial with what was measured; a point without its objectives is a failed trial.
 
         A trial that has ended already is left as it is.
         """
-        if trial.user_attrs.get("status") is not None:
-            return
         rows = list(rows)
-        values, status, detail = self._outcome(rows)
-        trial.set_user_attr("status", status)
-        note = _note(point, rows, status, detail)
-        trial.set_user_attr("note", note)
-        if self.part.optimize is not None:
-            for metric, limit in self.part.optimize.constraints.items():
-                measured = _value(rows, metric)
-                trial.set_constraint(metric, 1.0 if measured is None else measured - limit)
-            trial.set_constraint("fits_memory", 1.0 if status == "oom" else -1.0)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            from optuna_dashboard import save_note
+        self._end(trial, point, rows, judge(Optimize(objectives=self.objectives), 1, rows))
 
-            save_note(trial, note)
-        if values is None:
-            self._study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
-        else:
-            self._study.tell(trial, values, skip_if_finished=True)
+    def sync(
+        self, finished: Mapping[str, Sequence[Row]], points: Iterable[Point], held: Collection[str] = ()
+    ) -> int:
+        """End the trials of measured points, and make those that the study does not know, as after its loss;
+        returns how many. Points that are `held` get a running trial."""
+        shown: dict[str, str] = {}
+        running = {}
+        for trial in self._study.get_trials(deepcopy=False):
+            key, status = trial.user_attrs.get("point_key", ""), trial.user_attrs.get("status")
+            if trial.state == TrialState.RUNNING:
+                running[key] = trial.number
+            elif status not in (None, "running") and counts_over(status, shown.get(key)):
+                shown[key] = status
+        count = 0
+        for point in points:
+            rows, key = finished.get(point.key), point.key
+            if rows and (key not in shown or _is_measured_at_last(rows, shown[key])):
+                own = self._running(running[key]) if key in running else self.begin(point)
+                self.complete(own, point, rows)
+                count += 1
+            elif key in held and key not in running and key not in shown:
+                self.begin(point)
+        return count
 
-    def sync(self, finished: Mapping[str, list[dict[str, Any]]], points: Iterable[Point]) -> int:
-        """Add trials for measured points the study does not know (a lost journal); returns how many."""
-        known = {
-            trial.user_attrs.get("point_key")
-            for trial in self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        }
-        missing = [point for point in points if point.key in finished and point.key not in known]
-        for point in missing:
-            self.complete(self.begin(point), point, finished[point.key])
-        return len(missing)
+    def _running(self, number: int) -> Trial:
+        trial_id = self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
+        return Trial(self._study, trial_id)
 
-    def fail_stale(self, live_keys: Iterable[str]) -> None:
-        """End running trials that no living process works on."""
-        live = set(live_keys)
-        for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if trial.user_attrs.get("point_key") not in live:
-                self._study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+    def lease_of(self, trial: Trial | FrozenTrial) -> str:
+        """What its worker leases for as long as it works on a trial."""
+        return f"trial:{self.name}:{trial.number}"
+
+    def fail_stale(self, held: Callable[[], Collection[str]]) -> None:
+        """End running trials that no living process works on; `held` says which leases there are."""
+        for trial in self._stale(held):
+            self._study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+
+    def _stale(self, held: Callable[[], Collection[str]]) -> list[FrozenTrial]:
+        # First the trials, then the leases: whoever has begun one by then has leased it before.
+        running = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        live = set(held())
+        return [
+            trial
+            for trial in running
+            if live.isdisjoint((self.lease_of(trial), trial.user_attrs.get("point_key")))
+        ]
 
     def finished_trials(self) -> int:
-        """How many trials have ended, in whatever state."""
-        states = (TrialState.COMPLETE, TrialState.FAIL, TrialState.PRUNED)
-        return len(self._study.get_trials(deepcopy=False, states=states))
+        """How many trials have ended with an outcome; one that was cut short does not count."""
+        return len(self._ended())
 
     def best(self) -> list[dict[str, Any]]:
         """The Pareto set (one trial for one objective): parameters, values and attributes."""
@@ -180,60 +218,52 @@ class PartStudy:
             for t in self._study.best_trials
         ]
 
-    def _parameters(self, point: Point) -> dict[str, Any]:
-        values = {**point.to_dict(), "tokens": point.tokens, "selection": point.selection or "none"}
-        return {name: values[name] for name in self._distributions}
+    def _space_id(self, device: str) -> str:
+        """Part of the study's name, since Optuna refuses a study whose parameter space changed."""
+        space_ = [sorted((name, repr(d)) for name, d in self._distributions.items()), str(self.objectives)]
+        return hashlib.sha256(json.dumps(space_).encode()).hexdigest()[:6]
 
-    def _outcome(self, rows: list[Mapping[str, Any]]) -> tuple[list[float] | None, str, str]:
-        if not rows:
-            return None, "running", "another runner is measuring this point"
-        statuses = [(row["status"], row["detail"]) for row in rows if row["status"] not in MEASURED]
-        if statuses:
-            return None, statuses[0][0], statuses[0][1] or ""
-        values = [_value(rows, objective.metric) for objective in self.objectives]
-        status = "unstable" if any(row["status"] == "unstable" for row in rows) else "ok"
-        if any(value is None for value in values):
-            return None, status, ""
-        return [float(value) for value in values if value is not None], status, ""
+    def _start(
+        self, params: Mapping[str, Any], point: Point, system_attrs: dict[str, Any] | None = None
+    ) -> Trial:
+        template = create_trial(
+            state=TrialState.RUNNING,
+            params=dict(params),
+            distributions=self._distributions,
+            user_attrs=attributes(point),
+            system_attrs=system_attrs,
+        )
+        return Trial(self._study, self._storage.create_new_trial(self._study_id, template_trial=template))
 
+    def _end(self, trial: Trial, point: Point, rows: Sequence[Row], outcome: Outcome) -> None:
+        if trial.user_attrs.get("status") is not None:
+            return
+        try:
+            trial.set_user_attr("status", outcome.status)
+            if outcome.detail:
+                trial.set_user_attr("detail", outcome.detail)
+            write_note(trial, point, rows, outcome.status, outcome.detail)
+            if outcome.values is None:
+                self._study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+            else:
+                self._study.tell(trial, list(outcome.values), skip_if_finished=True)
+        except optuna.exceptions.UpdateFinishedTrialError:
+            return  # another runner ended it from the same rows
 
-def _distributions(part: Part, points: list[Point]) -> dict[str, BaseDistribution]:
-    """The parameter space: the axes of an optimisation, or what varies over the points of a grid."""
-    if part.mode == "optimize":
-        return {name: _axis_distribution(name, axis) for name, axis in part.axes.items()}
-    found: dict[str, list[Any]] = {}
-    names = [name for name in part.axes if name != "k_frac"] + ["method", "selection"]
-    if len(part.seeds) > 1:
-        names.append("seed")
-    for name in dict.fromkeys(names):
-        for point in points:
-            value = point.tokens if name == "tokens" else getattr(point, name)
-            choice = "none" if value is None else value
-            if choice not in found.setdefault(name, []):
-                found[name].append(choice)
-    return {name: CategoricalDistribution(choices) for name, choices in found.items()}
-
-
-def _axis_distribution(name: str, axis: list[AxisValue] | Range) -> BaseDistribution:
-    if isinstance(axis, list):
-        return CategoricalDistribution(axis)
-    if name in INTEGER_AXES:
-        return IntDistribution(int(axis.low), int(axis.high), log=axis.log, step=int(axis.step or 1))
-    return FloatDistribution(axis.low, axis.high, log=axis.log, step=axis.step)
+    def _ended(self) -> list[FrozenTrial]:
+        return [
+            trial
+            for trial in self._study.get_trials(deepcopy=False)
+            if trial.user_attrs.get("status") not in (None, "running") and trial.state.is_finished()
+        ]
 
 
-def _sampler(part: Part) -> optuna.samplers.BaseSampler:
-    if part.optimize is None:
-        return optuna.samplers.RandomSampler(seed=0)
-    kind, seed = part.optimize.sampler, part.optimize.seed
-    if kind == "tpe":
-        return optuna.samplers.TPESampler(seed=seed)
-    if kind == "nsga2":
-        return optuna.samplers.NSGAIISampler(seed=seed)
-    return optuna.samplers.RandomSampler(seed=seed)
+def _is_measured_at_last(rows: Sequence[Row], shown: str) -> bool:
+    return rows[-1]["status"] in MEASURED and shown not in MEASURED
 
 
-def _attributes(point: Point) -> dict[str, Any]:
+def attributes(point: Point) -> dict[str, Any]:
+    """The flat attributes of a point's trial."""
     from moc.selection import parse_selection
 
     values = {**point.to_dict(), "k": point.d_ffn, "selection": point.selection or "none"}
@@ -246,27 +276,99 @@ def _attributes(point: Point) -> dict[str, Any]:
     return {"point_key": point.key, **{name: values.get(name) for name in _ATTRIBUTES}}
 
 
-def _value(rows: Iterable[Mapping[str, Any]], metric: str) -> float | None:
-    return next((row["value"] for row in rows if row["metric"] == metric), None)
-
-
-def _note(point: Point, rows: list[Mapping[str, Any]], status: str, detail: str) -> str:
+def write_note(trial: Trial, point: Point, rows: Sequence[Row], status: str, detail: str) -> None:
+    """Say on the trial, for people, how it ended and what was measured."""
     lines = [f"**{point.label}**: {status}" + (f" ({detail})" if detail else ""), ""]
     lines += ["| metric | value | unit |", "|---|--:|---|"]
     lines += [
-        f"| {row['metric']} | {row['value']:,.6g} | {row['unit']} |"
+        f"| {row['metric']} | {_figures(row['value'])} | {row['unit']} |"
         for row in rows
         if row["value"] is not None
     ]
-    return "\n".join(lines)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        from optuna_dashboard import save_note
+
+        save_note(trial, "\n".join(lines))
 
 
-def _plain(value: Any) -> AxisValue:
-    return round(value, 6) if isinstance(value, float) else value
+def _figures(value: float) -> str:
+    """Six figures, and no exponent for a count of bytes."""
+    return f"{value:,.0f}" if 1e6 <= abs(value) < 1e15 else f"{value:,.6g}"
 
 
-def serve_dashboard(folder: Path, url: str | None, host: str, port: int) -> None:
-    """Serve optuna-dashboard on a sweep's storage until interrupted."""
-    from optuna_dashboard import run_server
+class Gallery:
+    """Pictures beside the studies of one sweep and their trials, as artifacts that the dashboard shows.
 
-    run_server(open_storage(folder, url), host=host, port=port)
+    A picture hangs once, however often it is brought: its id follows from its place and its file name.
+    """
+
+    def __init__(self, storage: BaseStorage, sweep_name: str, folder: Path) -> None:
+        """`folder` is where the files are kept; it is made if it is not there."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.storage = storage
+        self.store = FileSystemArtifactStore(folder)
+        self._sweep = sweep_name
+
+    def studies(self) -> dict[str, dict[str, str]]:
+        """Every study of the sweep by name, with its attributes: sweep, part, workload and mode."""
+        return {
+            study.study_name: dict(study.user_attrs)
+            for study in self.storage.get_all_studies()
+            if study.user_attrs.get("sweep") == self._sweep
+        }
+
+    def trials_without(self, study_name: str, file_name: str) -> dict[int, str]:
+        """Point key by trial number, of the complete trials at which no picture of that name hangs."""
+        study_id = self.storage.get_study_id_from_name(study_name)
+        hanging = self.storage.get_study_system_attrs(study_id)
+        found = self.storage.get_all_trials(study_id, deepcopy=False, states=(TrialState.COMPLETE,))
+        return {
+            trial.number: str(trial.user_attrs.get("point_key"))
+            for trial in found
+            if _place(study_name, file_name, trial)[0] not in hanging
+        }
+
+    def hang(self, study_name: str, picture: Path, trial: int | None = None) -> None:
+        """Copy a picture beside the study, or its trial of that number; one of its name is replaced."""
+        study_id = self.storage.get_study_id_from_name(study_name)
+        whose = None
+        if trial is not None:
+            whose = self.storage.get_trial(
+                self.storage.get_trial_id_from_study_id_trial_number(study_id, trial)
+            )
+        key, artifact_id = _place(study_name, picture.name, whose)
+        with picture.open("rb") as file:
+            self.store.write(artifact_id, file)
+        if key not in self.storage.get_study_system_attrs(study_id):
+            kind = mimetypes.guess_type(picture.name)[0]
+            record = {"artifact_id": artifact_id, "filename": picture.name, "mimetype": kind}
+            self.storage.set_study_system_attr(study_id, key, json.dumps({**record, "encoding": None}))
+
+
+def _place(study_name: str, file_name: str, trial: FrozenTrial | None) -> tuple[str, str]:
+    """The attribute of the study that lists a picture of it, or of its trial, and the picture's id.
+
+    `optuna.artifacts.upload_artifact` writes an attribute of the trial, which Optuna refuses once the trial
+    has ended, and pictures are drawn after that; the dashboard reads this one as well.
+    """
+    number = None if trial is None else trial.number
+    artifact_id = str(uuid.uuid5(uuid.NAMESPACE_OID, f"{study_name}/{number}/{file_name}"))
+    if trial is None:
+        return f"artifacts:{artifact_id}", artifact_id
+    return f"dashboard:artifacts:{trial._trial_id}:{artifact_id}", artifact_id
+
+
+def _label(study: optuna.Study, sweep: Sweep, part: Part) -> None:
+    """Say what a study is of: the sweep file as its note, and in its attributes which part of it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        from optuna_dashboard import get_note, save_note
+
+        note = f"{sweep.description}\n\n```yaml\n{sweep_text(sweep)}```\n".lstrip()
+        if get_note(study) != note:  # every runner and worker opens the study; one of them writes
+            save_note(study, note)
+    part_of = {"part": part_name(part), "workload": part.workload, "mode": part.mode, "sweep": sweep.name}
+    for name, value in part_of.items():
+        if study.user_attrs.get(name) != value:
+            study.set_user_attr(name, value)

@@ -7,12 +7,10 @@ reads the job, runs its workload, and appends events to the same path with the e
 
 from __future__ import annotations
 
-import ctypes
 import datetime
 import importlib
 import json
-import os
-import signal
+import math
 import sys
 import time
 import traceback
@@ -20,14 +18,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from harness import guard
 from harness.job import Job
 from harness.metrics import METRICS, PRIMARY_METRIC, STATUSES
 from harness.points import SCHEMA_VERSION, Point
 
 EXIT_OOM = 17
 PROGRESS_SECONDS = 0.5
-# What the runner's environment sets so that a trial does not outlive it; see `die_with_parent`.
-PARENT_VARIABLE = "MOCBENCH_PARENT_PID"
 
 
 def output_path(job_path: Path) -> Path:
@@ -98,6 +95,12 @@ class EventReporter:
             self._last_progress = now
             self._emit({"event": "progress", "point_key": point.key, "fraction": fraction, "text": text})
 
+    def intermediate(self, point: Point, percent: int, values: dict[str, float]) -> None:
+        """See `harness.job.Reporter`. A value that is not finite is left out."""
+        known = {name: value for name, value in values.items() if math.isfinite(value)}
+        key = point.key
+        self._emit({"event": "intermediate", "point_key": key, "percent": percent, "values": known})
+
     def finish(self, point: Point, status: str = "ok", detail: str = "") -> None:
         """See `harness.job.Reporter`. A status without a measured value leaves one row that says why."""
         if status not in STATUSES:
@@ -158,10 +161,10 @@ def _now() -> str:
 
 def point_columns(job: Job, point: Point) -> dict[str, Any]:
     """The key and point columns of a row."""
-    from moc.selection import parse_selection
-
     k: int | None = point.d_ffn
     if point.selection is not None:
+        from moc.selection import parse_selection
+
         try:
             k = parse_selection(point.selection).k(point.d_ffn)
         except ValueError:
@@ -193,17 +196,6 @@ def point_columns(job: Job, point: Point) -> dict[str, Any]:
         "data_id": point.data_id,
         "dtype": point.dtype,
     }
-
-
-def die_with_parent() -> None:
-    """Linux: be killed when the runner dies, so an orphan never measures beside the next run."""
-    expected = os.environ.get(PARENT_VARIABLE)
-    if expected is None or not sys.platform.startswith("linux"):
-        return
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != int(expected):  # it died before the call above
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def run_job(job: Job, stream: IO[str]) -> int:
@@ -249,7 +241,7 @@ def main(arguments: list[str] | None = None) -> int:
     if len(arguments) != 1:
         print("usage: python -m harness.trial JOB.json", file=sys.stderr)
         return 2
-    die_with_parent()
+    guard.enter()
     path = Path(arguments[0])
     try:
         job = Job.from_json(path.read_text(encoding="utf-8"))

@@ -11,34 +11,44 @@ import dataclasses
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from harness.guard import GuardedProcess
 from harness.job import Job, write_job
 from harness.metrics import PRIMARY_METRIC
 from harness.points import Point
 from harness.spec import Limits
-from harness.trial import EXIT_OOM, PARENT_VARIABLE, make_row, output_path
+from harness.trial import EXIT_OOM, make_row, output_path
 
 POLL_SECONDS = 0.1
 LOG_TAIL_LINES = 40
 RETRIED = ("crashed", "timeout")
+# A failure whose log says more than its row.
+LOGGED = ("crashed", "timeout", "oom", "wrong")
+# What a trial's process runs; it gets the path of its job file.
+TRIAL_COMMAND = (sys.executable, "-m", "harness.trial")
 
 
 @dataclass(frozen=True)
 class Finished:
-    """One point's outcome as it comes out of a trial process."""
+    """One point's outcome as it comes out of a trial process, with the raw samples behind its rows and, if it
+    failed, the end of the process's log."""
 
     point: Point
     status: str
     rows: list[dict[str, Any]]
+    samples: list[dict[str, Any]] = field(default_factory=list)
     log_tail: str = ""
+
+
+# Asked with what a training has reached after a percentage of its tokens; True ends it without a row.
+Stop = Callable[[Point, int, dict[str, float]], bool]
 
 
 @dataclass(frozen=True)
@@ -46,9 +56,9 @@ class Listener:
     """What the runner wants to hear while a job runs; called from the thread that runs the job."""
 
     finished: Callable[[Finished], None]
-    samples: Callable[[dict[str, Any]], None]
     environment: Callable[[dict[str, Any]], None]
     progress: Callable[[Point, float, str], None]
+    stop: Stop | None = None
 
 
 def new_run_id() -> str:
@@ -64,12 +74,14 @@ def run_job(
     *,
     device_name: str,
     environment: dict[str, str],
+    command: Sequence[str] = TRIAL_COMMAND,
 ) -> None:
-    """Run every point of a job, in as many processes as it takes; each point is reported exactly once.
+    """Run every point of a job, in as many processes as it takes; each point is reported exactly once, apart
+    from one that the listener stops.
 
     `folder` is the results folder (job files and logs go to `folder/jobs`). `environment` is added to the
     child's (which GPU it sees, how many threads it takes). `device_name` stands in rows of a process that
-    died before it could say what it runs on.
+    died before it could say what it runs on. `command` is what runs a job file.
     """
     waiting = list(job.points)
     attempts: dict[str, int] = {}
@@ -80,8 +92,8 @@ def run_job(
             attempt=max(attempts.get(point.key, 1) for point in waiting),
             points=tuple(waiting),
         )
-        process = _Trial(current, folder, limits, listener, device_name, environment)
-        failed = process.run()
+        process = _Trial(current, folder, limits, listener, device_name)
+        failed = process.run(command, environment)
         waiting = [point for point in waiting if point.key not in process.finished]
         if failed is None:
             continue
@@ -103,49 +115,47 @@ class _Trial:
         limits: Limits,
         listener: Listener,
         device_name: str,
-        environment: dict[str, str],
     ) -> None:
         self._job = job
         self._limits = limits
         self._listener = listener
         self._path = folder / "jobs" / f"{job.run_id}.json"
         self._log = self._path.with_suffix(".log")
-        self._environment = environment
         self._points = {point.key: point for point in job.points}
         self._current: Point = job.points[0]
         self._conditions: dict[str, Any] = {"device_name": device_name, "env_id": None}
         self._offset = 0
         self._deadline = time.monotonic() + limits.trial_seconds
         self._failed: Finished | None = None
+        self._samples: dict[str, list[dict[str, Any]]] = {}
+        self._stopped = False  # the training at work is not worth its end
         self.finished: set[str] = set()
 
-    def run(self) -> Finished | None:
+    def run(self, command: Sequence[str], environment: dict[str, str]) -> Finished | None:
         """Run to the end of the process. Returns the point that failed with it, if one did."""
         write_job(self._job, self._path)
         oom_kills = _oom_kills()
-        own = {PARENT_VARIABLE: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
         with self._log.open("wb") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "harness.trial", str(self._path)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **own, **self._environment},
-                start_new_session=True,
+            process = GuardedProcess(
+                [*command, str(self._path)],
+                log,
+                {**os.environ, "PYTHONUNBUFFERED": "1", **environment},
             )
             try:
                 verdict = self._watch(process)
             finally:
-                _kill_group(process)
+                returncode = process.end()
         self._read_events()
+        if self._stopped:
+            self.finished.add(self._current.key)  # there is nothing to keep of it, and nothing to run again
+            return None
         if self._failed is not None:
             return self._failed
-        missing = len(self._points) - len(self.finished)
-        if verdict is None and process.returncode == 0 and not missing:
-            return None
-        if process.returncode == EXIT_OOM and self._current.key in self.finished:
+        if len(self.finished) == len(self._points):
+            return None  # all is said, however the process went down after that
+        if returncode == EXIT_OOM and self._current.key in self.finished:
             return None  # it has said which point ran out of memory; the rest runs in a fresh process
-        status, detail = verdict or _classify(process.returncode, _oom_kills() - oom_kills)
+        status, detail = verdict or _classify(returncode, _oom_kills() - oom_kills)
         if self._current.key in self.finished:  # it died between points: blame the next one in line
             self._current = next(p for key, p in self._points.items() if key not in self.finished)
         row = make_row(
@@ -156,23 +166,23 @@ class _Trial:
             detail,
             **self._conditions,
         )
-        return Finished(self._current, status, [row], self._log_tail())
+        return self._outcome(self._current, status, [row])
 
-    def _watch(self, process: subprocess.Popen[bytes]) -> tuple[str, str] | None:
-        """Wait for the process; returns a status and reason if it had to be killed."""
-        while True:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=POLL_SECONDS)
-                return None
+    def _watch(self, process: GuardedProcess) -> tuple[str, str] | None:
+        """Wait for the process; returns a status and reason if it has to be killed."""
+        while not process.wait(POLL_SECONDS):
             self._read_events()
+            if self._stopped:
+                return None
             if time.monotonic() > self._deadline:
                 return "timeout", f"longer than limits.trial_seconds = {self._limits.trial_seconds:g}"
             limit = self._limits.memory_bytes
-            if limit is not None and (used := _group_memory(process.pid)) > limit:
+            if limit is not None and (used := process.memory_bytes()) > limit:
                 return (
                     "oom",
                     f"resident {used / 1e9:.2f} GB is over limits.memory_bytes = {limit / 1e9:.2f} GB",
                 )
+        return None
 
     def _read_events(self) -> None:
         path = output_path(self._path)
@@ -184,8 +194,11 @@ class _Trial:
         whole, newline, _ = text.rpartition(b"\n")
         self._offset += len(whole) + len(newline)
         for line in whole.split(b"\n"):
-            if line.strip():
-                self._handle(json.loads(line))
+            try:
+                event = json.loads(line)
+            except ValueError:  # cut short by a full disk, or the empty piece after the last newline
+                continue
+            self._handle(event)
 
     def _handle(self, event: dict[str, Any]) -> None:
         kind = event["event"]
@@ -194,7 +207,8 @@ class _Trial:
             self._conditions["device_name"] = event["record"]["device_name"]
             self._listener.environment(event["record"])
         elif kind == "samples":
-            self._listener.samples({name: value for name, value in event.items() if name != "event"})
+            item = {name: value for name, value in event.items() if name != "event"}
+            self._samples.setdefault(event["point_key"], []).append(item)
         else:
             point = self._points[event["point_key"]]
             if kind == "start":
@@ -202,14 +216,21 @@ class _Trial:
                 self._deadline = time.monotonic() + self._limits.trial_seconds
             elif kind == "progress":
                 self._listener.progress(point, event["fraction"], event["text"])
+            elif kind == "intermediate":
+                stop = self._listener.stop
+                self._stopped |= stop is not None and stop(point, event["percent"], event["values"])
             elif kind == "finish":
                 self._deadline = time.monotonic() + self._limits.trial_seconds
-                outcome = Finished(point, event["status"], event["rows"])
+                outcome = self._outcome(point, event["status"], event["rows"])
                 if event["status"] == "crashed":
-                    self._failed = dataclasses.replace(outcome, log_tail=self._log_tail())
+                    self._failed = outcome
                 else:
                     self.finished.add(point.key)
                     self._listener.finished(outcome)
+
+    def _outcome(self, point: Point, status: str, rows: list[dict[str, Any]]) -> Finished:
+        log = self._log_tail() if status in LOGGED else ""
+        return Finished(point, status, rows, self._samples.pop(point.key, []), log)
 
     def _log_tail(self) -> str:
         lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -226,29 +247,24 @@ def _classify(returncode: int, oom_kills: int) -> tuple[str, str]:
     return "crashed", f"process ended with exit code {returncode} before the point was finished"
 
 
-def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    """End the child and everything it started, and wait until it is gone."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def _group_memory(group: int) -> int:
-    """Resident bytes of all processes of a process group (Linux; 0 elsewhere)."""
-    total = 0
-    page = os.sysconf("SC_PAGE_SIZE")
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            fields = stat.read_text().rpartition(")")[2].split()
-            if int(fields[2]) == group:
-                total += int(fields[21]) * page
-    return total
-
-
 def _oom_kills() -> int:
-    """How many processes the kernel has killed for memory since boot (Linux; 0 elsewhere)."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/vmstat").read_text().splitlines():
-            if line.startswith("oom_kill "):
-                return int(line.split()[1])
+    """How many processes the kernel has killed for memory in this process's cgroup, or since boot where the
+    cgroup does not say (Linux; 0 elsewhere)."""
+    for path in (*_cgroup_counters(), Path("/proc/vmstat")):
+        with contextlib.suppress(OSError):
+            for line in path.read_text().splitlines():
+                if line.startswith("oom_kill "):
+                    return int(line.split()[1])
     return 0
+
+
+def _cgroup_counters() -> list[Path]:
+    """Where this process's memory cgroup counts kills: version 2 first, then version 1."""
+    with contextlib.suppress(OSError):
+        groups = dict(line.split(":", 2)[1:] for line in Path("/proc/self/cgroup").read_text().splitlines())
+        root = Path("/sys/fs/cgroup")
+        return [
+            root / groups.get("", "/").lstrip("/") / "memory.events",
+            root / "memory" / groups.get("memory", "/").lstrip("/") / "memory.oom_control",
+        ]
+    return []

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from harness.data.corpus import Corpus, Progress, spool
-from harness.data.sources import parse_source
+from harness.data.sources import Source, parse_source
 from harness.data.tokenizer import (
     END_OF_TEXT_ID,
     MIN_VOCAB_SIZE,
@@ -96,12 +96,8 @@ def prepare(
     with a short text while something is built, and not at all on a cache hit. Any number of processes may
     call this at once. Raises SourceError or VocabularyError (both ValueError) for input that cannot work.
     """
-    if vocab_size < MIN_VOCAB_SIZE:
-        raise VocabularyError(f"vocab_size must be at least {MIN_VOCAB_SIZE}, not {vocab_size}")
-    root = Path(cache_root) if cache_root is not None else default_cache_root()
-    parsed = parse_source(source)
-    request = _hash(parsed.identity(), vocab_size, DATA_VERSION, tokenizers.__version__)
-    pointer = root / "index" / f"{request}.json"
+    root, parsed, request = _request(source, vocab_size, cache_root)
+    pointer = _pointer(root, request)
     found = _follow(root, pointer)
     if found is not None:
         return found
@@ -126,6 +122,29 @@ def prepare(
         finally:
             shutil.rmtree(work, ignore_errors=True)
         return _load(root / build)
+
+
+def find(source: str, vocab_size: int, *, cache_root: Path | str | None = None) -> TokenDataset | None:
+    """Tokens of `source` if the cache has them, else None; no text is read and nothing is written.
+
+    Raises what `prepare` raises for a source or a vocabulary that cannot be used.
+    """
+    root, _, request = _request(source, vocab_size, cache_root)
+    return _follow(root, _pointer(root, request))
+
+
+def _request(source: str, vocab_size: int, cache_root: Path | str | None) -> tuple[Path, Source, str]:
+    """The cache folder, the source, and the name of what is asked for."""
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise VocabularyError(f"vocab_size must be at least {MIN_VOCAB_SIZE}, not {vocab_size}")
+    root = Path(cache_root) if cache_root is not None else default_cache_root()
+    parsed = parse_source(source)
+    return root, parsed, _hash(parsed.identity(), vocab_size, DATA_VERSION, tokenizers.__version__)
+
+
+def _pointer(root: Path, request: str) -> Path:
+    """The index entry that says which folder answers a request."""
+    return root / "index" / f"{request}.json"
 
 
 def stats(

@@ -188,12 +188,20 @@ def curves(rows: pd.DataFrame) -> pd.DataFrame:
 def write_results(folder: Path, rows: pd.DataFrame, samples: pd.DataFrame | None = None) -> Path:
     """A results folder with these rows, their environments, a sweep file and a command."""
     store = Store(folder)
-    for _, group in rows.groupby(["device_name", "point_key"], sort=False):
+    for (_, key), group in rows.groupby(["device_name", "point_key"], sort=False):
         plain = json.loads(group.to_json(orient="records"))
         whole = [
             {**row, **{n: int(row[n]) for n in ("attempt", "seed") if row[n] is not None}} for row in plain
         ]
-        store.append(whole)
+        names = ["run_id", "point_key", "metric"]
+        behind = [] if samples is None else samples[samples["point_key"] == key].groupby(names, sort=False)
+        store.append(
+            whole,
+            [
+                {**dict(zip(names, name, strict=True)), "x": list(part["x"]), "value": list(part["value"])}
+                for name, part in behind
+            ],
+        )
     for device in rows["device_name"].unique():
         store.append_environment(
             {
@@ -208,13 +216,5 @@ def write_results(folder: Path, rows: pd.DataFrame, samples: pd.DataFrame | None
     (folder / "command.txt").write_text(
         "mocbench run sweeps/made_up.yaml --data 'files:/home/me/text/*.txt'\n"
     )
-    if samples is not None:
-        keys = ["run_id", "point_key", "metric"]
-        store.append_samples(
-            [
-                {**dict(zip(keys, name, strict=True)), "x": list(part["x"]), "value": list(part["value"])}
-                for name, part in samples.groupby(keys, sort=False)
-            ]
-        )
     assert len(read_rows(folder)) == len(rows)
     return folder

@@ -39,6 +39,7 @@ class FakeReporter:
         self.started: list[Point] = []
         self.finished: list[tuple[Point, str, str]] = []
         self.fractions: list[float] = []
+        self.reached: dict[int, dict[str, float]] = {}
 
     def start(self, point: Point) -> None:
         """See `harness.job.Reporter`."""
@@ -59,6 +60,10 @@ class FakeReporter:
     def progress(self, point: Point, fraction: float, text: str = "") -> None:
         """See `harness.job.Reporter`."""
         self.fractions.append(fraction)
+
+    def intermediate(self, point: Point, percent: int, values: dict[str, float]) -> None:
+        """See `harness.job.Reporter`."""
+        self.reached[percent] = values
 
     def finish(self, point: Point, status: str = "ok", detail: str = "") -> None:
         """See `harness.job.Reporter`."""
@@ -144,6 +149,10 @@ def test_a_point_end_to_end(source: str, tmp_path: Path, method: str, rule: str 
     trend, seen = report.curves["eval_loss_nats"]
     assert (trend[0], trend[-1]) == (rows["untrained_loss_nats"]["value"], rows["eval_loss_nats"]["value"])
     assert seen == [0, 1280, 2560, 3840, 5120]
+    assert {percent: values["eval_loss_nats"] for percent, values in report.reached.items()} == dict(
+        zip((25, 50, 75), trend[1:-1], strict=True)
+    )
+    assert report.reached[50]["perplexity"] == math.exp(report.reached[50]["eval_loss_nats"])
     losses, seen = report.curves["train_loss_nats"]
     assert seen is not None
     assert (len(losses), seen[0], seen[-1]) == (40, 128.0, 5120.0)

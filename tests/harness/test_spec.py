@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.runner import sweep_text
-from harness.spec import MAX_FILE_BYTES, Range, SpecError, load_sweep, parse_sweep
+from harness.spec import MAX_FILE_BYTES, Range, SpecError, load_sweep, parse_sweep, sweep_text
 
 GOOD = """\
 version: 1
@@ -71,7 +70,7 @@ axes:
   k_frac: {low: 0.05, high: 0.5}
   lr: {low: 1.0e-4, high: 1e-2, log: true}
   method: [moc_reference]
-fixed: {preset: 1m, tokens: 256, seq_len: 128, train_tokens: 512}
+fixed: {preset: 1m, tokens: 256, seq_len: 128, train_tokens: 1024}
 optimize:
   sampler: nsga2
   objectives: [{metric: tokens_per_s, direction: maximize}, {metric: perplexity, direction: minimize}]

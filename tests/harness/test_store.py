@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 from rows import rows_of, train_point
 
-from harness.store import COLUMNS, Store, export, finished, read_raw, read_rows, read_samples, wide
+from harness.rows import COLUMNS
+from harness.store import Store, export, failure_log, read_raw, read_rows, read_samples, wide
 
 VALUES = {"step_ms": 2.0, "forward_ms": 0.5, "saved_activation_bytes_per_token": 100.0}
 
@@ -44,12 +45,76 @@ def test_a_failure_gives_way_to_a_later_success(tmp_path: Path) -> None:
 
 
 def test_a_later_failure_does_not_hide_a_measurement(tmp_path: Path) -> None:
-    """What was measured stays what tables show, whatever happens to a repetition."""
+    """What was measured stays what counts: a failure that comes late, as from a runner that was thought dead,
+    is refused, and one that stands in the file all the same is not shown."""
     store = Store(tmp_path)
     store.append(rows_of(train_point(), VALUES))
-    store.append(rows_of(train_point(), {}, status="oom", run_id="r2"), replace=True)
+    failure = rows_of(train_point(), {}, status="oom", run_id="r2")
+    assert not store.append(failure)
+    with store.path.open("a") as file:
+        file.write(json.dumps(failure[0]) + "\n")
     assert set(read_rows(tmp_path)["status"]) == {"ok"}
-    assert finished(read_raw(tmp_path / "rows.jsonl")) == {("D", train_point().key): "ok"}
+    for reader in (store, Store(tmp_path)):
+        assert reader.finished() == {("D", train_point().key): "ok"}
+        assert len(reader.current("D")[train_point().key]) == len(VALUES)
+
+
+def test_the_same_outcome_is_written_once(tmp_path: Path) -> None:
+    """Bringing a failure again, as when tables are copied between stores, adds nothing."""
+    failure = rows_of(train_point(), {}, status="oom")
+    assert Store(tmp_path).append(failure)
+    assert not Store(tmp_path).append(failure)
+    assert len(read_raw(tmp_path / "rows.jsonl")) == 1
+
+
+def test_every_writer_sees_what_the_others_wrote(tmp_path: Path) -> None:
+    """Two stores on one folder, appending in turns, agree at every step with one that reads it anew."""
+    writers = [Store(tmp_path), Store(tmp_path)]
+    points = [train_point(seed=seed) for seed in range(6)]
+    for index, point in enumerate(points):
+        run = f"r{index}"
+        assert writers[index % 2].append(rows_of(point, VALUES, run_id=run))
+        assert not writers[1 - index % 2].append(rows_of(point, VALUES, run_id=run + "again"))
+        expected = {("D", known.key): "ok" for known in points[: index + 1]}
+        assert [store.finished() for store in (*writers, Store(tmp_path))] == [expected] * 3
+    assert writers[0].finished([points[1].key, "unknown"]) == {("D", points[1].key): "ok"}
+    rows = writers[0].current("D", [points[4].key])
+    assert [(row["metric"], row["run_id"]) for row in rows[points[4].key]] == [
+        ("forward_ms", "r4"),
+        ("saved_activation_bytes_per_token", "r4"),
+        ("step_ms", "r4"),
+    ]
+
+
+@pytest.mark.parametrize("change", ["replaced", "shortened", "deleted"])
+def test_a_file_that_is_not_what_it_was_is_read_anew(tmp_path: Path, change: str) -> None:
+    """A store that has read the file notices when somebody puts another one in its place or cuts it."""
+    store = Store(tmp_path)
+    for seed in range(3):
+        store.append(rows_of(train_point(seed=seed), VALUES, run_id=f"r{seed}"))
+    lines = store.path.read_text().splitlines(keepends=True)
+    if change == "replaced":
+        (tmp_path / "other").write_text("".join(lines[:3] + lines[6:]))
+        (tmp_path / "other").replace(store.path)
+        left = {0, 2}
+    elif change == "shortened":
+        store.path.write_text("".join(lines[3:6]))
+        left = {1}
+    else:
+        store.path.unlink()
+        left = set()
+    assert store.finished() == {("D", train_point(seed=seed).key): "ok" for seed in left}
+    assert store.append(rows_of(train_point(seed=9), VALUES, run_id="r9"))
+    assert len(Store(tmp_path).finished()) == len(left) + 1
+
+
+def test_a_failure_keeps_the_end_of_its_log(tmp_path: Path) -> None:
+    """The log lies beside the rows, and comes along when everything is read for another store."""
+    failure = rows_of(train_point(), {}, status="crashed")
+    Store(tmp_path).append(failure, log="line 1\nFatal Python error")
+    assert failure_log(tmp_path, failure[0]).read_text() == "line 1\nFatal Python error\n"
+    (batch,) = Store(tmp_path).batches()
+    assert (batch.rows, batch.samples, batch.log) == (failure, [], "line 1\nFatal Python error")
 
 
 @pytest.mark.parametrize("kept", range(0, 100, 7))
@@ -124,11 +189,8 @@ def test_wide_has_one_line_per_point(tmp_path: Path) -> None:
 
 def test_exports_agree_with_the_rows(tmp_path: Path) -> None:
     """Parquet, CSV and a folder that kept only tables all give the same rows."""
-    store = Store(tmp_path)
-    store.append(rows_of(train_point(), VALUES))
-    store.append_samples(
-        [{"run_id": "r1", "point_key": "k", "metric": "step_ms", "x": [0, 1], "value": [2.0, 3.0]}]
-    )
+    samples = {"run_id": "r1", "point_key": "k", "metric": "step_ms", "x": [0, 1], "value": [2.0, 3.0]}
+    Store(tmp_path).append(rows_of(train_point(), VALUES), [samples])
     assert {path.name for path in export(tmp_path)} == {
         "rows.parquet",
         "rows.csv",

@@ -24,7 +24,7 @@ def rivals_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
 def outcomes(folder: Path, points: list[Point], limits: Limits, **settings: Any) -> dict[str, Finished]:
     """Run the points as one group; what was said of each, by method."""
     heard: list[Finished] = []
-    listener = Listener(heard.append, lambda item: None, lambda record: None, lambda *args: None)
+    listener = Listener(heard.append, lambda record: None, lambda *args: None)
     measure = MeasureSettings(rel_ci=0.9, max_seconds=0.05, **settings)
     job = Job("t", "r", 1, tuple(points), measure, "cpu", str(folder))
     run_job(job, folder, limits, listener, device_name="D", environment={"OMP_NUM_THREADS": "1"})

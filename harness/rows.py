@@ -1,0 +1,103 @@
+"""Rows: their columns, what makes the rows of a point whole, and which outcome of a point counts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import pandas as pd
+
+from harness.metrics import METRICS, PRIMARY_METRIC, STATUSES
+
+COLUMNS: tuple[str, ...] = (
+    *("schema_version", "sweep", "point_key", "run_id", "attempt", "seed"),
+    *("workload", "method", "selection", "preset", "d_model", "d_ffn", "n_layers", "n_heads", "k", "k_frac"),
+    *("batch", "seq_len", "tokens", "train_tokens", "eval_tokens", "vocab_size", "lr", "data_id"),
+    *("dtype", "timing_mode"),
+    *("metric", "unit", "higher_is_better", "value", "ci_low", "ci_high", "n_samples", "statistic"),
+    *("status", "detail"),
+    *("device_name", "sm_clock_mhz", "throttled", "env_id", "started_at"),
+)
+_INTEGERS = (
+    *(
+        "schema_version",
+        "attempt",
+        "seed",
+        "d_model",
+        "d_ffn",
+        "n_layers",
+        "n_heads",
+        "k",
+        "batch",
+        "seq_len",
+    ),
+    *("tokens", "train_tokens", "eval_tokens", "vocab_size", "n_samples"),
+)
+_FLOATS = ("k_frac", "lr", "value", "ci_low", "ci_high", "sm_clock_mhz")
+_BOOLEANS = ("higher_is_better", "throttled")
+PointPlace = tuple[str, str]  # device_name, point_key
+BatchKey = tuple[str, int, str, str]  # run_id, attempt, device_name, point_key
+# A measured value stands behind these; the others are outcomes without one.
+MEASURED = ("ok", "unstable")
+
+
+def place(row: Mapping[str, Any]) -> PointPlace:
+    """Which point on which device a row is about."""
+    return row["device_name"], row["point_key"]
+
+
+def batch_key(row: Mapping[str, Any]) -> BatchKey:
+    """Which outcome a row belongs to."""
+    return row["run_id"], row["attempt"], row["device_name"], row["point_key"]
+
+
+def is_primary(row: Mapping[str, Any]) -> bool:
+    """Whether a row is the one that is written last and makes its point whole."""
+    return bool(row["metric"] == PRIMARY_METRIC[row["workload"]])
+
+
+def counts_over(new: str, old: str | None) -> bool:
+    """Whether an outcome is shown in place of an earlier one: a failure never hides a measurement."""
+    return old not in MEASURED or new in MEASURED
+
+
+def whole_batches(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """The rows of each whole outcome in the order they were finished, without pieces of cut-short points."""
+    open_batches: dict[BatchKey, list[dict[str, Any]]] = {}
+    for row in rows:
+        open_batches.setdefault(batch_key(row), []).append(row)
+        if is_primary(row):
+            yield open_batches.pop(batch_key(row))
+
+
+def checked(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with their columns in order and the primary metric last.
+
+    Raises ValueError if they are not one whole point of the schema.
+    """
+    if not rows or len({row["point_key"] for row in rows}) != 1:
+        raise ValueError("rows of exactly one point are appended together")
+    primary = PRIMARY_METRIC[rows[0]["workload"]]
+    for row in rows:
+        if row["metric"] not in METRICS:
+            raise ValueError(f"metric {row['metric']!r} is not in harness.metrics.METRICS")
+        if row["status"] not in STATUSES:
+            raise ValueError(f"status {row['status']!r} is not one of {', '.join(STATUSES)}")
+        if set(row) != set(COLUMNS):
+            raise ValueError(f"row has other columns than the schema: {sorted(set(row) ^ set(COLUMNS))}")
+    last = [row for row in rows if row["metric"] == primary]
+    if len(last) != 1:
+        raise ValueError(f"a {rows[0]['workload']} point needs exactly one {primary} row, it has {len(last)}")
+    return [{name: row[name] for name in COLUMNS} for row in rows if row is not last[0]] + [
+        {name: last[0][name] for name in COLUMNS}
+    ]
+
+
+def typed(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows with nullable column types, so that a missing number stays missing."""
+    types = {
+        **dict.fromkeys(_INTEGERS, "Int64"),
+        **dict.fromkeys(_FLOATS, "Float64"),
+        **dict.fromkeys(_BOOLEANS, "boolean"),
+    }
+    return rows.astype(types)
