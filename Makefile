@@ -21,7 +21,7 @@ MOCBENCH := $(PY) -m harness
 RUN_OPTIONS := $(SWEEP) $(if $(DATA),--data '$(DATA)') $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup sweep plan status report dashboard test test-gpu lint format clean
+.PHONY: help setup sweep plan status report dashboard soak test test-gpu lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,8 +50,11 @@ report: $(READY) ## write the tables, plots and report of SWEEP again from its r
 dashboard: $(READY) ## serve the Optuna dashboard of SWEEP on loopback; ARGS='--storage URL' for a database
 	$(MOCBENCH) dashboard $(SWEEP) $(ARGS)
 
+soak: $(READY) ## kill -9 at random through a sweep and count what is lost: ARGS="--over postgres --workers 8"
+	$(PY) -m harness.soak $(ARGS)
+
 test: $(READY) ## run the tests
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest $(if $(shell $(PY) -c "import xdist" 2>/dev/null && echo yes),-n auto --maxprocesses 4) $(ARGS)
 
 test-gpu: $(READY) ## run only the tests that need a GPU
 	$(PY) -m pytest -m gpu $(ARGS)

@@ -27,6 +27,7 @@ data_app = typer.Typer(help="Text sources: look at one, or tokenise it before a 
 app.add_typer(data_app, name="data")
 
 RESULTS = Path("results")
+STATUS_LOG_LINES = 3  # of the up to forty that are kept
 QUICK, FIRST_GPU = Path("sweeps/quick.yaml"), Path("sweeps/h100_first.yaml")
 
 
@@ -158,15 +159,18 @@ def plan(
 def status(
     sweep: SweepArgument = None, device: DeviceOption = Device.auto, results: ResultsOption = RESULTS
 ) -> None:
-    """What is measured and what failed, by device."""
-    from harness.store import read_rows, wide
+    """What is measured and what failed, by device, with the last lines that failed processes wrote."""
+    from harness.store import failure_log, read_rows, wide
 
     console = Console(markup=False)  # what rows say is text, not markup
     _, model = _load(sweep, _device(device), None)
     folder = results / model.name
     if not (folder / "rows.jsonl").exists():
         raise SpecError(f"{folder}: nothing is measured yet; run the sweep first")
-    points = wide(read_rows(folder))
+    rows = read_rows(folder)
+    points = wide(rows)
+    keys = ["device_name", "point_key"]
+    runs = rows.drop_duplicates(keys).set_index(keys)["run_id"]
     table = Table("device", "workload", "status", "points", title=str(folder))
     for key, count in points.groupby(["device_name", "workload", "status"]).size().items():
         table.add_row(*key, str(count))  # type: ignore[misc]
@@ -175,6 +179,12 @@ def status(
         who = " ".join(str(point[name]) for name in ("workload", "preset", "seq_len", "method"))
         rule = f" {point['selection']}" if isinstance(point["selection"], str) else ""
         console.print(f"{point['status']}: {who}{rule}: {point['detail']}", highlight=False)
+        run_id = runs[point["device_name"], point["point_key"]]
+        log = failure_log(folder, {"run_id": run_id, "point_key": point["point_key"]})
+        if log.exists():
+            console.print(f"  from {log}:", highlight=False, soft_wrap=True)
+            for line in log.read_text(encoding="utf-8").splitlines()[-STATUS_LOG_LINES:]:
+                console.print(f"  | {line}", highlight=False, soft_wrap=True)
 
 
 @app.command()

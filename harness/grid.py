@@ -158,6 +158,10 @@ def assignment_of(
                 return None
             found[name] = match[0]
     made = make_point(part, found, point.seed, data_ids)
+    if "k_frac" in part.axes and made.selection and point.selection:
+        rules = [parse_selection(made.selection), parse_selection(point.selection)]
+        if rules[0].rule == rules[1].rule and rules[0].k(point.d_ffn) == rules[1].k(point.d_ffn):
+            made = dataclasses.replace(made, selection=point.selection)  # a K has many spellings
     return found if made.key == point.key else None
 
 

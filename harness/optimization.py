@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 from harness import pareto
 from harness.grid import assignment_of, baseline_of, make_point, point_of_row
 from harness.linefile import append_lines, read_lines
-from harness.metrics import METRICS, PRIMARY_METRIC
+from harness.metrics import METRICS
 from harness.points import Point
+from harness.rows import MEASURED
 from harness.spec import Optimize, Part, part_name
-from harness.store import MEASURED
 from moc.selection import parse_selection
 
 Row = Mapping[str, Any]
@@ -295,14 +295,6 @@ def _interval(metric: str, rows: list[Row]) -> tuple[float, float]:
     if len(own) != 1 or own[0]["metric"] not in METRICS or pd.isna(own[0]["ci_low"]):
         return math.nan, math.nan
     return float(own[0]["ci_low"]), float(own[0]["ci_high"])
-
-
-def point_statuses(rows: pd.DataFrame) -> dict[str, str]:
-    """Status of every point of the current rows of one device."""
-    primary = rows[rows["metric"] == rows["workload"].map(PRIMARY_METRIC)]
-    return {
-        str(key): str(status) for key, status in zip(primary["point_key"], primary["status"], strict=True)
-    }
 
 
 def record_pruned(folder: Path, part: Part, point: Point, reached: Mapping[int, float]) -> None:

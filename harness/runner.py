@@ -7,6 +7,9 @@ what it takes, and comes back to what others hold until that is measured or they
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -34,6 +37,9 @@ from harness.spec import Part, Sweep, sweep_text
 from harness.store import RowStore, Store, copy_rows, export
 from harness.work import WAIT_SECONDS, Work
 from harness.worker import TRIAL_COMMAND, Finished, Listener, Stop, new_run_id, run_job
+
+# A trial that fails with less left on the disk has failed for that: the point is measured when there is room.
+LEAST_FREE_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -278,6 +284,8 @@ class _Run:
     def _finished(self, part: Part, points: tuple[Point, ...], outcome: Finished) -> None:
         if outcome.point not in points:
             return  # a companion: measured before, here only to be compared with
+        if outcome.status == "crashed" and shutil.disk_usage(self._folder).free < LEAST_FREE_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._folder))
         self._store.append(outcome.rows, outcome.samples, outcome.log_tail)
         # A search goes to the edge of what can be measured on purpose: that is no failure of the run.
         if part.optimize is None or outcome.status not in INFEASIBLE:

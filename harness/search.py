@@ -22,9 +22,9 @@ from optuna.trial import Trial, TrialState
 from harness.grid import baseline_of, make_point, point_of_row
 from harness.optimization import INFEASIBLE, Outcome, Row, against_dense, judge, trials_of
 from harness.points import Point
+from harness.rows import MEASURED
 from harness.samplers import RUNGS, generation_attributes
 from harness.spec import AxisValue, Optimize, Range, SpecError, near_miss, part_name
-from harness.store import MEASURED
 from harness.study import PartStudy, attributes, write_note
 
 

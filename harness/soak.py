@@ -121,7 +121,7 @@ def soak(points: int, workers: int, kills: int, seed: int, over: str, trial_seco
         verdict.wall_seconds = time.monotonic() - begin
         verdict.restarts = crew.restarts
         crew.run_once_more()
-        _judge(verdict, store, folder / "results" / "soak", seen)
+        judge(verdict, store, folder / "results" / "soak", seen)
     verdict.left = _left_over(mark)
     return verdict
 
@@ -198,7 +198,7 @@ def _kill_at_random(
     return seen
 
 
-def _judge(verdict: Verdict, store: RowStore, folder: Path, seen: set[str]) -> None:
+def judge(verdict: Verdict, store: RowStore, folder: Path, seen: set[str]) -> None:
     """Compare what is on record with what should be."""
     from harness.grid import expand
 
@@ -226,8 +226,9 @@ def _overhead_ms(folder: Path) -> float:
     """
     trials: dict[str, list[tuple[float, float]]] = {}
     for path in (folder / "jobs").glob("*.times"):
-        runner, begin, end = json.loads(path.read_text(encoding="utf-8"))
-        trials.setdefault(runner, []).append((begin, end))
+        with contextlib.suppress(ValueError):  # killed as it wrote the file
+            runner, begin, end = json.loads(path.read_text(encoding="utf-8"))
+            trials.setdefault(runner, []).append((begin, end))
     gaps = [
         later[0] - earlier[1] for own in trials.values() for earlier, later in itertools.pairwise(sorted(own))
     ]

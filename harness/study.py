@@ -185,8 +185,10 @@ class PartStudy:
         return count
 
     def _running(self, number: int) -> Trial:
-        trial_id = self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
-        return Trial(self._study, trial_id)
+        return Trial(self._study, self._trial_id(number))
+
+    def _trial_id(self, number: int) -> int:
+        return self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
 
     def lease_of(self, trial: Trial | FrozenTrial) -> str:
         """What its worker leases for as long as it works on a trial."""
@@ -236,7 +238,7 @@ class PartStudy:
         return Trial(self._study, self._storage.create_new_trial(self._study_id, template_trial=template))
 
     def _end(self, trial: Trial, point: Point, rows: Sequence[Row], outcome: Outcome) -> None:
-        if trial.user_attrs.get("status") is not None:
+        if self._storage.get_trial(self._trial_id(trial.number)).state.is_finished():
             return
         try:
             trial.set_user_attr("status", outcome.status)

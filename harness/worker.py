@@ -28,6 +28,7 @@ from harness.trial import EXIT_OOM, make_row, output_path
 
 POLL_SECONDS = 0.1
 LOG_TAIL_LINES = 40
+LOG_TAIL_BYTES = 16384  # a progress bar that never ends its line can be long
 RETRIED = ("crashed", "timeout")
 # A failure whose log says more than its row.
 LOGGED = ("crashed", "timeout", "oom", "wrong")
@@ -153,11 +154,11 @@ class _Trial:
             return self._failed
         if len(self.finished) == len(self._points):
             return None  # all is said, however the process went down after that
-        if returncode == EXIT_OOM and self._current.key in self.finished:
-            return None  # it has said which point ran out of memory; the rest runs in a fresh process
+        if self._current.key in self.finished:
+            return (
+                None  # it ended between points, which is no point's fault: the rest runs in a fresh process
+            )
         status, detail = verdict or _classify(returncode, _oom_kills() - oom_kills)
-        if self._current.key in self.finished:  # it died between points: blame the next one in line
-            self._current = next(p for key, p in self._points.items() if key not in self.finished)
         row = make_row(
             self._job,
             self._current,
@@ -233,7 +234,9 @@ class _Trial:
         return Finished(point, status, rows, self._samples.pop(point.key, []), log)
 
     def _log_tail(self) -> str:
-        lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
+        with self._log.open("rb") as log:
+            log.seek(max(0, log.seek(0, os.SEEK_END) - LOG_TAIL_BYTES))
+            lines = log.read().decode("utf-8", errors="replace").splitlines()
         return "\n".join(lines[-LOG_TAIL_LINES:])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,20 @@ def test_a_row_leads_back_to_the_axes_it_was_made_from(tmp_path: Path, preset: s
     }
     assert make_point(part, found, 0, {512: "abc"}) == point
     assert assignment_of(part, point, {512: "other text"}) is None
+
+
+def test_a_k_that_a_grid_spelled_otherwise_belongs_to_the_search() -> None:
+    """The same number of channels as a count or a shorter fraction; another number of them does not."""
+    values = {"k_frac": 0.1875, "lr": 1e-3, "batch": 8, "method": "moc_reference"}
+    point = make_point(part_of(TRADE_OFF), values, 0)
+    for spelled, known in (
+        ("topk:72", True),
+        ("topk:0.188", True),
+        ("topk_abs:72", False),
+        ("topk:9", False),
+    ):
+        found = assignment_of(part_of(TRADE_OFF), dataclasses.replace(point, selection=spelled))
+        assert (found is not None) == known, spelled
 
 
 @pytest.mark.parametrize(

@@ -112,8 +112,6 @@ def test_sqlite_is_refused_and_the_journal_named(tmp_path: Path) -> None:
         open_storage(tmp_path, "sqlite:///x.db")
 
 
-
-
 WRITER = """
 import sys; sys.path.insert(0, sys.argv[2])
 from pathlib import Path; from test_study import POINTS, VALUES, open_study; from rows import rows_of

@@ -45,6 +45,7 @@ def tiny(method: str) -> Point:
         ("hard_exit", "crashed", "process ended with exit code 3 before the point was finished"),
         ("sigkill", "crashed", "killed by signal SIGKILL"),
         ("raises", "crashed", "RuntimeError: this FFN always fails"),
+        ("cuda_error", "crashed", "AcceleratorError: CUDA error: an illegal memory access was encountered"),
         ("memory", "oom", "no more"),
     ],
 )
@@ -58,13 +59,16 @@ def test_a_trial_that_dies_is_a_typed_row_and_its_rivals_are_measured(
     assert (bad.status, bad.rows[-1]["detail"]) == (status, detail)
     assert bad.rows[-1]["value"] is None
     assert heard["dense"].status in ("ok", "unstable")
+    if status == "crashed":  # nothing of that process can be trusted: dense got one of its own
+        assert heard["dense"].rows[-1]["run_id"] != bad.rows[-1]["run_id"]
 
 
-def test_a_trial_that_hangs_is_ended_with_everything_it_started(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rival", ["orphan", "loop"])
+def test_a_trial_that_hangs_is_ended_with_everything_it_started(tmp_path: Path, rival: str) -> None:
     """After the time limit neither the trial nor a process it started is left."""
-    heard = outcomes(tmp_path, [tiny("rivals:orphan")], Limits(trial_seconds=6, retries=0))
-    assert heard["rivals:orphan"].status == "timeout"
-    assert "limits.trial_seconds = 6" in heard["rivals:orphan"].rows[-1]["detail"]
+    heard = outcomes(tmp_path, [tiny(f"rivals:{rival}")], Limits(trial_seconds=8, retries=0))
+    assert heard[f"rivals:{rival}"].status == "timeout"
+    assert "limits.trial_seconds = 8" in heard[f"rivals:{rival}"].rows[-1]["detail"]
     job_file = str(next((tmp_path / "jobs").glob("*.json")))
     assert not [pid for pid in os.listdir("/proc") if pid.isdigit() and _belongs_to(pid, job_file)]
 

@@ -57,13 +57,18 @@ def test_two_processes_give_the_gradients_of_one(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """DDP and FSDP2 over two gloo processes on the CPU: averaged gradients are those of the whole batch."""
-    for name, value in {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}.items():
-        monkeypatch.setenv(name, value)
-    mp.spawn(_worker, (kind, str(tmp_path)), nprocs=WORLD)
+    with monkeypatch.context() as patch:
+        for name, value in {
+            "TRITON_INTERPRET": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": "1",
+        }.items():
+            patch.setenv(name, value)
+        mp.spawn(_worker, (kind, str(tmp_path)), nprocs=WORLD)
     actual = torch.load(tmp_path / f"{kind}.pt", weights_only=True)
 
     layer = _layer().to("cuda" if torch.cuda.is_available() else "cpu")
     expected = _gradients(layer, _tokens().to(layer.w_gate.device))
     assert sorted(actual) == sorted(expected) == ["w_down", "w_gate", "w_up"]
     for name, wanted in expected.items():
-        assert torch.allclose(actual[name], wanted.cpu(), rtol=1e-5, atol=1e-7), name
+        assert torch.allclose(actual[name], wanted.cpu(), rtol=1e-4, atol=1e-6), name
