@@ -24,6 +24,8 @@ from harness.store import Batch
 
 T = TypeVar("T")
 PATIENCE_SECONDS = 120.0
+# Outcomes that are read at once when all are read: their samples can be large.
+PAGE = 200
 # How long at most a worker steps back when another changed the leases under its hands.
 CONFLICT_SECONDS = 0.02
 
@@ -182,8 +184,11 @@ class DatabaseStore:
 
     def batches(self) -> Iterator[Batch]:
         """See `RowStore`."""
-        for rows, samples, log in self._select((_points.c.rows, _points.c.samples, _points.c.log)):
-            yield Batch(rows, samples, log)
+        columns = (_points.c.id, _points.c.rows, _points.c.samples, _points.c.log)
+        last = 0
+        while page := self._select(columns, condition=_points.c.id > last, limit=PAGE):
+            for last, rows, samples, log in page:  # noqa: B007 - `last` is for the next page
+                yield Batch(rows, samples, log)
 
     def environments(self) -> Iterator[dict[str, Any]]:
         """See `RowStore`."""
@@ -195,8 +200,9 @@ class DatabaseStore:
         columns: Sequence[sa.Column[Any]],
         keys: Collection[str] | None = None,
         condition: sa.ColumnElement[bool] | None = None,
+        limit: int | None = None,
     ) -> Sequence[Any]:
-        query = sa.select(*columns).where(_points.c.sweep == self._sweep).order_by(_points.c.id)
+        query = sa.select(*columns).where(_points.c.sweep == self._sweep).order_by(_points.c.id).limit(limit)
         if keys is not None:
             query = query.where(_points.c.point_key.in_(list(keys)))
         if condition is not None:

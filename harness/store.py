@@ -263,7 +263,9 @@ def copy_rows(source: RowStore, target: RowStore) -> int:
     """Bring what `source` has to `target`; what is there stays as it is. Returns how many outcomes."""
     for record in source.environments():
         target.append_environment(record)
-    return sum(target.append(batch.rows, batch.samples, batch.log) for batch in source.batches())
+    there = {at for at, status in target.finished().items() if status in MEASURED}
+    news = (batch for batch in source.batches() if place(batch.rows[0]) not in there)
+    return sum(target.append(batch.rows, batch.samples, batch.log) for batch in news)
 
 
 def failure_log(folder: Path, row: Mapping[str, Any]) -> Path:

@@ -142,6 +142,17 @@ def test_everything_can_be_brought_from_one_store_to_the_other_and_back(
     assert list(back.environments()) == [{"env_id": "a"}]
 
 
+def test_everything_is_read_however_many_pages_it_takes(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With pages of two, five outcomes come in order, each once."""
+    monkeypatch.setattr("harness.database.PAGE", 2)
+    store = DatabaseStore(database, "pages")
+    for seed in range(5):
+        store.append(rows_of(train_point(seed=seed), VALUES))
+    assert [batch.rows[0]["seed"] for batch in store.batches()] == [0, 1, 2, 3, 4]
+
+
 def test_two_sweeps_in_one_database_do_not_see_each_other(database: Database) -> None:
     """Rows and leases belong to the sweep of their name."""
     one, other = DatabaseStore(database, "one"), DatabaseStore(database, "other")

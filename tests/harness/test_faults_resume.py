@@ -194,38 +194,67 @@ def test_a_full_disk_stops_the_run_and_the_next_one_goes_on(tmp_path: Path, room
 
 
 PLAY = """
-import io, sys; from pathlib import Path; sys.path.insert(0, sys.argv[3])
-from rich.console import Console; from harness import runner; from test_faults_resume import COMMAND, sweep
-options = runner.RunOptions(results=Path(sys.argv[2]), trial_command=COMMAND)
-summary = getattr(runner, sys.argv[1])(sweep(12), options, Console(file=io.StringIO()))
+import io, sys; from pathlib import Path; sys.path.insert(0, sys.argv[4])
+from rich.console import Console; from harness import runner; import test_faults_resume as tests
+options = runner.RunOptions(results=Path(sys.argv[3]), trial_command=tests.COMMAND)
+model = getattr(tests, sys.argv[2])(12)
+summary = getattr(runner, sys.argv[1])(model, options, Console(file=io.StringIO()))
 print(summary.total, summary.already_done + sum(summary.statuses.values()), summary.failed)
 """
 
 
-def play_together(results: Path, *roles: str, **environment: str) -> None:
-    """Processes that start together on one sweep of twelve points; each ends when all is done."""
+def play_together(results: Path, model: str, *roles: str, **environment: str) -> list[str]:
+    """Processes that start together on one sweep of twelve points, each until all is done; their totals, what
+    they found done and what failed."""
     here = str(Path(__file__).parent)
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", PLAY, role, str(results), here],
+            [sys.executable, "-c", PLAY, role, model, str(results), here],
             env={**os.environ, **environment},
             stdout=subprocess.PIPE,
             text=True,
         )
         for role in roles
     ]
-    assert [process.communicate()[0] for process in processes] == ["12 12 0\n"] * len(roles)
+    return [process.communicate()[0] for process in processes]
 
 
 def test_two_runners_and_a_worker_share_a_sweep(tmp_path: Path) -> None:
     """None measures what another does, rows and samples are there once, and so are the study's trials."""
     set_faults(tmp_path, dict.fromkeys(range(1, 13), "slow"))
-    play_together(tmp_path, "run_sweep", "run_sweep", "run_worker")
+    told = play_together(tmp_path, "sweep", "run_sweep", "run_sweep", "run_worker")
+    assert told == ["12 12 0\n"] * 3
     assert ok_counts(tmp_path) == once(12)
     assert complete_trials(tmp_path) == sorted(point.key for point in expand(sweep(12).parts[0]))
     assert len(read_samples(tmp_path / "s")) == 12
     assert len(list((tmp_path / "s/jobs").glob("*.log"))) == 12
     assert not list((tmp_path / "s").glob("*.tmp"))
+
+
+def search(trials: int) -> Sweep:
+    """A search of so many trials for the smallest batch: a trial's latency is its batch."""
+    return parse_sweep(
+        "version: 1\nname: s\nworkload: ffn_decode\nmode: optimize\n"
+        "axes: {method: [dense], batch: {low: 1, high: 1000}}\n"
+        "fixed: {preset: 1m, dtype: fp32}\nlimits: {trial_seconds: 30, retries: 0}\n"
+        f"optimize: {{sampler: random, n_trials: {trials}, "
+        "objectives: [{metric: latency_us, direction: minimize}]}\n",
+        "s.yaml",
+    )
+
+
+def test_workers_of_a_search_share_its_trials(tmp_path: Path) -> None:
+    """Two runners and a worker make twelve trials together, not each; none is left running, and every trial's
+    point was measured once."""
+    play_together(tmp_path, "search", "run_sweep", "run_sweep", "run_worker")
+    storage = open_storage(tmp_path / "s")
+    (study,) = storage.get_all_studies()
+    found = storage.get_all_trials(study._study_id)
+    assert [trial.state.name for trial in found if trial.state.name != "FAIL"] == ["COMPLETE"] * 12
+    assert all(trial.user_attrs.get("status") is None for trial in found if trial.state.name == "FAIL")
+    counts = ok_counts(tmp_path)
+    assert set(counts.values()) == {1}
+    assert {trial.params["batch"] for trial in found if trial.state.name == "COMPLETE"} == set(counts)
 
 
 def test_points_of_a_host_that_fell_silent_are_taken_over(
@@ -254,5 +283,6 @@ time.time = lambda: real() + random.choice([-3e8, -3600, 0, 3600, 3e8])
 def test_a_clock_that_jumps_loses_and_doubles_nothing(tmp_path: Path) -> None:
     """Two runners whose time of day leaps by hours and years at every look finish a sweep exactly once."""
     (tmp_path / "sitecustomize.py").write_text(JUMPING_CLOCK)
-    play_together(tmp_path / "results", "run_sweep", "run_sweep", PYTHONPATH=str(tmp_path))
+    told = play_together(tmp_path / "results", "sweep", "run_sweep", "run_sweep", PYTHONPATH=str(tmp_path))
+    assert told == ["12 12 0\n"] * 2
     assert ok_counts(tmp_path / "results") == once(12)
