@@ -262,14 +262,21 @@ def importance_sentence(search: Search, shares: pd.DataFrame) -> str:
         own = shares[shares["objective"] == objective.metric]
         if own.empty:
             continue
-        first = own.iloc[0]
+        first, name = own.iloc[0], parameter_name(own.iloc[0]["parameter"])
+        share = f"{100 * first['share']:.0f} %"
+        bounds = f"95 % range {100 * first['low']:.0f} to {100 * first['high']:.0f}"
         view = view_of(objective, search.measured[objective.metric])
-        clauses.append(
-            f"{parameter_name(first['parameter'])} most for {view.plain} ({100 * first['share']:.0f} %, "
-            f"95 % range {100 * first['low']:.0f} to {100 * first['high']:.0f})"
-        )
+        if _decides(own):
+            clauses.append(f"{name} most for {view.plain} ({share}, {bounds})")
+        else:
+            clauses.append(f"nothing clearly for {view.plain} ({name} has {share}, {bounds})")
     said = f"What tells the best quarter of the trials from the rest: {'; '.join(clauses)}."
     return said if clauses else ""
+
+
+def _decides(shares: pd.DataFrame) -> bool:
+    """Whether the first parameter of an objective leads however the trials are resampled."""
+    return bool(shares["low"].iloc[0] > shares["share"].iloc[1:].max())
 
 
 def importance_title(search: Search, shares: pd.DataFrame) -> str:
@@ -280,7 +287,7 @@ def importance_title(search: Search, shares: pd.DataFrame) -> str:
         own = shares[shares["objective"] == objective.metric]
         what = view_of(objective, search.measured[objective.metric]).plain
         name = parameter_name(own.iloc[0]["parameter"])
-        if own.iloc[0]["low"] > own["share"].iloc[1:].max():
+        if _decides(own):
             sure.setdefault(name, []).append(what)
         else:
             unsure.append(what)

@@ -108,7 +108,7 @@ def pareto_plot(search: Search, views: list[View], caption: str, path: Path) -> 
             axes.set_ylabel(up.axis)
     note = "Numbers: trials on the front, as in the table. Faded: another trial is at least as good in all. "
     if good[[f"{view.metric}_ci_low" for view in views]].notna().any().any():
-        note += "Whiskers: 95 % intervals of the measurement. "
+        note += "Whiskers: 95 % intervals of the measurement; better and worse go by the values alone. "
     missing = len(search.trials) - len(good)
     note += f"{missing} trials without a result within the limits are not drawn." if missing else ""
     names_once = {"x": views[1].axis, "y": views[0].axis} if len(pairs) == 1 else {}

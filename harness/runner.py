@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from optuna.exceptions import StorageInternalError
 from rich.console import Console
 
 from harness.claims import Claims
@@ -217,6 +218,8 @@ class _Run:
                         work.put_back(item, wait=not took_one)
                 elif not self._try_unit(item, environment):
                     work.put_back(item, wait=True)
+        except StorageInternalError as error:
+            work.fail(ConnectionError(f"the storage of the studies: {error}"))
         except BaseException as error:  # handed to the main thread, which raises it
             work.fail(error)
 

@@ -94,7 +94,7 @@ def open_storage(folder: Path, url: str | None = None) -> BaseStorage:
             " file, or name a PostgreSQL server (postgresql+psycopg://...)"
         )
     try:
-        return RDBStorage(url)
+        return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})  # the server may have been restarted
     except (SQLAlchemyError, ImportError) as error:
         shown = re.sub(r"(?<=:)[^:/@]+(?=@)", "***", url)
         raise SpecError(f"--storage {shown}: {str(error).partition(chr(10))[0]}") from error

@@ -33,6 +33,7 @@ from moc.reference import (
 )
 from moc.rivals import FP8_ROUNDOFF, Fp8FFN, FusedFFN, LigerFFN
 from moc.selection import Selection
+from moc.triton_layers import moc_ffn, moc_fp8_ffn
 
 ALL_DTYPES = frozenset({"fp64", "fp32", "fp16", "bf16"})
 ALL_DEVICES = frozenset({"cpu", "cuda"})
@@ -166,6 +167,10 @@ def _required(selection: Selection | None) -> Selection:
     return selection
 
 
+def _compact_fp8_bytes(shape: FfnShape, k: int, itemsize: int) -> float:
+    return shape.d_model * itemsize + 2 * k + 4 * n_words(shape.d_ffn) + 8  # a pair of channels and two scales
+
+
 def _compact_bytes(shape: FfnShape, k: int, itemsize: int) -> float:
     return (shape.d_model + 2 * k) * itemsize + 4 * n_words(shape.d_ffn)
 
@@ -249,6 +254,29 @@ METHODS: dict[str, Method] = {
             compile=True,
             reference=_dense_reference,
             saved_bytes_per_token=lambda shape, _k, size: (shape.d_model + 2 * shape.d_ffn) * size,
+        ),
+        Method(
+            name="moc",
+            make=moc_ffn,
+            is_dense=False,
+            takes_selection=True,
+            compile=True,
+            reference=_moc_reference,
+            dtypes=frozenset({"fp32", "fp16", "bf16"}),
+            device_types=frozenset({"cuda"}),
+            saved_bytes_per_token=_compact_bytes,
+        ),
+        Method(
+            name="moc_fp8",
+            make=moc_fp8_ffn,
+            is_dense=False,
+            takes_selection=True,
+            compile=True,
+            reference=_moc_reference,
+            dtypes=frozenset({"fp32", "fp16", "bf16"}),
+            device_types=frozenset({"cuda"}),
+            kept_roundoff=FP8_ROUNDOFF,
+            saved_bytes_per_token=_compact_fp8_bytes,
         ),
         Method(
             name="moc_reference",

@@ -172,9 +172,13 @@ def small_disk(folder: Path, size: int) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("room", [0, 3_000, 40_000])
-def test_a_full_disk_stops_the_run_and_the_next_one_goes_on(tmp_path: Path, room: int) -> None:
+def test_a_full_disk_stops_the_run_and_the_next_one_goes_on(
+    tmp_path: Path, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With no room for rows the run ends with the system's error; with room again just the rest is measured,
     and no point is called crashed because its process could not write."""
+    # A run that could not give its leases back is this process, which lives on: they have to run out.
+    monkeypatch.setattr("harness.runner.Claims", functools.partial(Claims, lease_seconds=1.0))
     with small_disk(tmp_path / "disk", 4 * 2**20) as disk:
         assert run(disk, sweep(2)).statuses == {"ok": 2}
         ballast = disk / "ballast"
@@ -255,6 +259,27 @@ def test_workers_of_a_search_share_its_trials(tmp_path: Path) -> None:
     counts = ok_counts(tmp_path)
     assert set(counts.values()) == {1}
     assert {trial.params["batch"] for trial in found if trial.state.name == "COMPLETE"} == set(counts)
+
+
+@pytest.mark.parametrize("done", [2, 5])
+def test_a_killed_search_goes_on_with_its_trials(tmp_path: Path, done: int) -> None:
+    """kill -9 of the runner after some trials: the next run makes just the others."""
+    set_faults(tmp_path, dict.fromkeys(range(1, 1001), "slow"))
+    here = str(Path(__file__).parent)
+    command = [sys.executable, "-c", PLAY, "run_sweep", "search", str(tmp_path), here]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as runner:
+        while len(ok_counts(tmp_path)) < done:
+            assert runner.poll() is None
+        runner.kill()
+    before = ok_counts(tmp_path)
+    run(tmp_path, search(12))
+    storage = open_storage(tmp_path / "s")
+    (study,) = storage.get_all_studies()
+    states = Counter(trial.state.name for trial in storage.get_all_trials(study._study_id))
+    assert states["COMPLETE"] == 12
+    assert states["RUNNING"] == 0
+    assert before.keys() <= ok_counts(tmp_path).keys()
+    assert set(ok_counts(tmp_path).values()) == {1}
 
 
 def test_points_of_a_host_that_fell_silent_are_taken_over(

@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
-from moc import FfnShape, Llama, LlamaConfig, MoCFFN, parse_selection
+from harness.measure import memory
+from moc import METHODS, FfnShape, Llama, LlamaConfig, MoCFFN, parse_selection
 from moc.compact import n_words, unpack_bitmask
 from moc.ffn_ops import plan, split, triton_moc_ffn
 from moc.reference import FfnGrads, moc_forward_backward, select_mask
@@ -364,3 +366,25 @@ def test_errors_name_what_is_wrong(device: str) -> None:
     for factory in (moc_ffn, moc_fp8_ffn):
         with pytest.raises(ValueError, match="needs a selection, such as topk"):
             factory(FfnShape(8, 20), None)
+
+
+def test_matrix_products_are_counted(device: str) -> None:
+    """PyTorch's counter sees nine matrix products of 2 T d d_ffn in a training step."""
+    layer = make(32, 96, "topk:0.25", torch.float32, device)
+    x, dy = tokens(8, 32, torch.float32, device)
+    with FlopCounterMode(display=False) as counter:
+        layer(x.requires_grad_()).backward(dy)
+    assert counter.get_total_flops() == 9 * 2 * 8 * 32 * 96
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["moc", "moc_fp8"])
+def test_the_registry_declares_what_is_saved(name: str, dtype: str, device: str) -> None:
+    """The methods' formulas say how many bytes per token the layer keeps, in every dtype."""
+    method, selection = METHODS[name], parse_selection("topk:0.1875")
+    shape = FfnShape(32, 200)
+    layer = method.make(shape, selection).to(device, DTYPES[dtype])
+    x, _ = tokens(7, 32, DTYPES[dtype], device)
+    kept = memory.saved_bytes(lambda: layer(x), list(layer.parameters()), [x.requires_grad_()])
+    assert method.saved_bytes_per_token is not None
+    assert kept.activation_bytes == 7 * method.saved_bytes_per_token(shape, selection.k(200), x.itemsize)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pure import PURE
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -27,11 +28,9 @@ TOLERANCE = {"fp64": 1e-14, "fp32": 2e-6, "bf16": 1e-2, "fp16": 1.5e-3}
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RULES = ["topk:0.1875", "topk:1", "topk:1.0", "topk_abs:0.25", "nm:2:8", "nm:12:64", "threshold:0.1:0.25"]
 NAMES = ("y", "dx", "dw_gate", "dw_up", "dw_down")
-# what runs on a CPU: a package of somebody else's GPU kernels does not
-RUNNABLE = [name for name, method in METHODS.items() if method.requires is None]
 CASES = [
     pytest.param(method, t, d, f, rule, dtype, id=f"{method}-T{t}-d{d}-f{f}-{rule.replace(':', '_')}-{dtype}")
-    for method in RUNNABLE
+    for method in PURE
     for t, d, f, dtype in (
         (63, 64, 200, "fp64"),
         (1, 8, 33, "fp32"),
@@ -148,7 +147,7 @@ def test_dense_gu_is_eager_dense_exactly() -> None:
     assert_same(run(DenseGuFFN(shape), x, dy), expected, 1e-7)
 
 
-LAYERS = {method: make(method, FfnShape(12, 50), "topk:9", torch.float32) for method in RUNNABLE}
+LAYERS = {method: make(method, FfnShape(12, 50), "topk:9", torch.float32) for method in PURE}
 each_layer = pytest.mark.parametrize("layer", LAYERS.values(), ids=list(LAYERS))
 
 

@@ -98,7 +98,9 @@ def test_runs_inside_a_cuda_graph(rule: str) -> None:
     assert_matches_reference(layer, "moc_reference", rule, x, dy, y)
 
 
-@pytest.mark.parametrize("method", ["dense", "dense_gu", "dense_recompute", "moc_reference", "act_prune"])
+@pytest.mark.parametrize(
+    "method", ["dense", "dense_gu", "dense_recompute", "moc_reference", "act_prune", "moc", "moc_fp8"]
+)
 def test_memory_kept_is_the_formula(method: str) -> None:
     """The allocator's growth from before to after forward is y and what the registry's formula says."""
     tokens, selection = 4096, parse_selection("topk:0.1875")

@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from pure import PURE
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig as HfConfig
@@ -87,7 +88,7 @@ def test_logits_and_loss_equal_transformers() -> None:
         assert float((ours.grad - their.grad).norm() / their.grad.norm()) < 1e-4
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if METHODS[name].requires is None])
+@pytest.mark.parametrize("method", PURE)
 @pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "sampled"])
 def test_cached_generation_equals_uncached(method: str, temperature: float) -> None:
     """Every method generates the same tokens with the key-value cache as by recomputing the whole prefix."""
@@ -187,7 +188,7 @@ def test_parameter_count() -> None:
     assert sum(p.numel() for p in Llama(TINY, maker("dense")).parameters()) == TINY.n_params()
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if METHODS[name].requires is None])
+@pytest.mark.parametrize("method", PURE)
 @pytest.mark.usefixtures("fresh_compiler")
 def test_whole_model_compiles_without_a_graph_break(method: str) -> None:
     """torch.compile takes loss and backward of the whole model as one graph, under autocast, same numbers."""
