@@ -84,10 +84,18 @@ def _self_test_table(rows: list[SelfTestRow], device: str) -> Table:
 
 
 def _profiler_table(checks: dict[str, ProfilerCheck]) -> Table:
-    table = Table("shape", "graph us", "kernels us", "difference", title="decoding, dense, batch 1")
+    table = Table(
+        *("shape", "graph us", "profiler us", "difference", "of it in kernels", "kernels"),
+        title="decoding, dense, batch 1",
+    )
     for name, check in checks.items():
         table.add_row(
-            name, f"{check.graph_us:.2f}", f"{check.kernels_us:.2f}", f"{100 * check.difference:+.1f} %"
+            name,
+            f"{check.graph_us:.2f}",
+            f"{check.span_us:.2f}",
+            f"{100 * check.difference:+.1f} %",
+            f"{check.busy_us:.2f} us",
+            f"{check.kernels:g}",
         )
     return table
 

@@ -6,6 +6,7 @@ Each choice of measurement is argued where it is made: `CudaSampler`, `L2Flush`,
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
 import warnings
@@ -33,7 +34,9 @@ class Contender:
 
     `call` does the work to be timed, always on the same tensors. `prepare`, if given, runs untimed before
     each call (a forward pass before a timed backward). `anchor` marks a rival that others are compared with
-    (a dense method). `calls` is how many units of work one call does: times are per unit.
+    (a dense method). `calls` is how many units of work one call does: times are per unit. `repeats` is how
+    often `call` runs in a row in one sample, after one `prepare`, as a decoding step does in its loop: it is
+    captured once and replayed; times are per run.
     """
 
     name: str
@@ -41,6 +44,12 @@ class Contender:
     prepare: Callable[[], object] | None = None
     anchor: bool = False
     calls: int = 1
+    repeats: int = 1
+
+    @property
+    def units(self) -> int:
+        """Units of work of one sample."""
+        return self.calls * self.repeats
 
 
 class CaptureError(RuntimeError):
@@ -93,10 +102,11 @@ class CpuSampler:
             contender.prepare()
         self._flush_buffer.add_(1.0)
         begin = time.perf_counter_ns()
-        result = contender.call()
+        for _ in range(contender.repeats):
+            result = contender.call()
         elapsed = time.perf_counter_ns() - begin
         del result  # not before: giving memory back is not part of the work
-        return elapsed / 1e6 / contender.calls
+        return elapsed / 1e6 / contender.units
 
     def host_bound(self) -> list[str]:
         """See `Sampler`; the host is the device."""
@@ -147,12 +157,14 @@ class CudaSampler:
             if prepare is not None:
                 prepare = _capture(contender.name, prepare, self._pool).replay
             call = _capture(contender.name, call, self._pool).replay
+        if contender.repeats > 1:
+            call = _in_a_row(call, contender.repeats)
         before = [step for step in (prepare,) if step is not None]
         if self._caches == "hot":
             before = [*before, call, *before]
         if self._flush is not None:
             before.append(self._flush)
-        timer = _EventTimer(before, call, contender.calls, self._cycles_per_ms)
+        timer = _EventTimer(before, call, contender.units, self._cycles_per_ms)
         for _ in range(WARMUP_CALLS):
             timer.sample()
         self._timers[contender.name] = timer
@@ -191,12 +203,12 @@ class _EventTimer:
         self,
         before: list[Callable[[], object]],
         call: Callable[[], object],
-        calls: int,
+        units: int,
         cycles_per_ms: float,
     ) -> None:
         self._before = before
         self._call = call
-        self._calls = calls
+        self._units = units
         self._cycles = int(_BACKLOG_MS * cycles_per_ms)
         self._most_cycles = self._cycles << (_BACKLOG_TRIES - 1)
         self._start = torch.cuda.Event(enable_timing=True)
@@ -214,10 +226,18 @@ class _EventTimer:
             too_late = self._start.query()  # true: the GPU was there before the host had queued it all
             self._end.synchronize()
             if not too_late:
-                return self._start.elapsed_time(self._end) / self._calls
+                return self._start.elapsed_time(self._end) / self._units
             self._cycles = min(2 * self._cycles, self._most_cycles)
         self.host_bound = True
-        return self._start.elapsed_time(self._end) / self._calls
+        return self._start.elapsed_time(self._end) / self._units
+
+
+def _in_a_row(call: Callable[[], object], repeats: int) -> Callable[[], None]:
+    def run() -> None:
+        for _ in range(repeats):
+            call()
+
+    return run
 
 
 def rotated_copies(copy_bytes: int, device: torch.device) -> int:
@@ -278,7 +298,7 @@ def _warm_up_on_side_stream(contender: Contender) -> None:
     Raises CaptureError if it waits. Most work that cannot be captured is found out here, before a capture is
     begun: one that fails midway leaves PyTorch's allocator in a state that is hard to mend.
     """
-    stream = torch.cuda.Stream()
+    stream = _side_stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for call in range(WARMUP_CALLS):
@@ -295,6 +315,12 @@ def _warm_up_on_side_stream(contender: Contender) -> None:
                 _on_wait("default")
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
+
+
+@functools.cache
+def _side_stream(_device: int) -> torch.cuda.Stream:
+    """One for all, since memory that the allocator keeps for a stream serves no other."""
+    return torch.cuda.Stream()
 
 
 def _on_wait(mode: str) -> None:
