@@ -2,6 +2,7 @@
 #
 #   SWEEP=sweeps/x.yaml   another sweep            DATA=files:/my/corpus/*.jsonl   another text corpus
 #   ARGS="--retry failed" more options for the verb
+#   BASE=HEAD~1           what `make bench-compare` compares with: a git revision or another checkout
 #   PYTHON=python3        use this interpreter as it stands; nothing is created or installed
 
 VENV := .venv
@@ -17,14 +18,16 @@ BASE_PYTHON ?= $(shell command -v python3.11 >/dev/null 2>&1 && python3.11 -c ''
 SWEEP ?=
 DATA ?=
 ARGS ?=
+BASE ?= HEAD
 MOCBENCH := $(PY) -m harness
 RUN_OPTIONS := $(SWEEP) $(if $(DATA),--data '$(DATA)') $(ARGS)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup sweep plan status report dashboard soak test test-gpu lint format clean
+.PHONY: bench bench-check bench-update bench-compare
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY) ## create .venv and install the tested versions (done by the other targets when needed)
 
@@ -58,6 +61,20 @@ test: $(READY) ## run the tests
 
 test-gpu: $(READY) ## run only the tests that need a GPU
 	$(PY) -m pytest -m gpu $(ARGS)
+
+bench-check: $(READY) ## is everything that can be known without a GPU as budget.json says? exit code 3 if not
+	$(PY) -m harness.budget $(ARGS)
+
+bench-update: $(READY) ## accept what is: write budget.json; its diff says what changed
+	$(PY) -m harness.budget --update $(ARGS)
+
+bench: $(READY) ## time the benchmarks and keep them in .benchmarks; `mocbench history` draws them
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests/benchmarks/bench_all.py -p no:xdist --benchmark-only \
+	  --benchmark-autosave --benchmark-save-data --benchmark-columns=median,iqr,min,rounds \
+	  --benchmark-sort=name $(ARGS)
+
+bench-compare: $(READY) ## did the working tree become slower than BASE=HEAD? exit code 3 if so
+	$(MOCBENCH) compare $(BASE) . $(ARGS)
 
 lint: $(READY) ## check style and types
 	$(PY) -m ruff format --check .

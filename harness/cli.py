@@ -1,6 +1,7 @@
-"""The `mocbench` command: run, worker, plan, status, report, dashboard, data, doctor, trial.
+"""The `mocbench` command: run, worker, plan, status, report, crossover, compare, history, dashboard, data,
+doctor, trial.
 
-Exit codes: 0 done, 1 some points failed, 2 bad configuration, 130 interrupted.
+Exit codes: 0 done, 1 some points failed, 2 bad configuration, 3 regression, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -217,6 +218,17 @@ def report(
 
 
 @app.command()
+def crossover(
+    folders: Annotated[list[Path], typer.Argument(help="Results folders; they are read together.")],
+    plot: Annotated[Path | None, typer.Option("--plot", help="Also draw it, to this PNG file.")] = None,
+) -> None:
+    """Say up to which batch each sparse method decodes faster than the fastest dense one."""
+    from harness.crossover_view import show
+
+    show(folders, Console(width=None if sys.stdout.isatty() else 180, markup=False), plot)
+
+
+@app.command()
 def dashboard(
     sweep: SweepArgument = None,
     storage: Annotated[
@@ -257,6 +269,56 @@ def doctor(
         raise SpecError(f"--profiler: {error}") from error
     if not good:
         raise typer.Exit(1)
+
+
+@app.command()
+def compare(
+    base: Annotated[
+        str, typer.Argument(help="A git revision, a checkout, a results folder or a .json file.")
+    ],
+    head: Annotated[str, typer.Argument(help="The same for what may have become slower.")],
+    device: DeviceOption = Device.auto,
+    only: Annotated[list[str] | None, typer.Option("--only", metavar="NAME", help="One benchmark.")] = None,
+    runs: Annotated[int, typer.Option(min=1, help="Compare so often; tests the judge.")] = 1,
+    inject: Annotated[
+        list[str] | None,
+        typer.Option("--inject", metavar="NAME=SHARE", help="More work in head; tests the judge."),
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", help="Folder for summary.md and its plot.")] = (
+        RESULTS / "compare"
+    ),
+) -> None:
+    """Say of each benchmark or point whether HEAD became slower than BASE; exit code 3 if one did."""
+    from harness.compare import compare as compare_sides
+    from harness.compare import parse_injections
+
+    injections = parse_injections(inject or [])
+    code = compare_sides(
+        *(base, head, _device(device)),
+        output=output,
+        inject=injections,
+        runs=runs,
+        only=only or [],
+        say=_say,
+    )
+    if code:
+        raise typer.Exit(code)
+
+
+@app.command()
+def history(
+    storage: Annotated[Path, typer.Argument(help="Folder in which `make bench` keeps its files.")] = Path(
+        ".benchmarks"
+    ),
+    output: Annotated[Path, typer.Option("--output", help="Folder for history.md and its plots.")] = (
+        RESULTS / "history"
+    ),
+) -> None:
+    """Draw every benchmark over the runs of `make bench` and say where it changed for good."""
+    from harness.history import write_history
+
+    for line in write_history(storage, output):
+        _say(line)
 
 
 @app.command()

@@ -21,8 +21,16 @@ START_SECONDS = {"cuda": 13.0, "cpu": 5.0}
 _POINT_SECONDS = 2.0  # an FFN point's gate, warm-up and memory pass (seen on one H100)
 _COMPILE_TWICE = 1.4  # compile_s is the model; its layer is compiled once more for its saved bytes
 _EVALUATIONS = 5  # during one training run; each token costs a third of a training token
-_TIMED = {"ffn_train": "step_ms", "ffn_decode": "latency_us", "pretrain": "step_ms"}
-_UNIT = {"step_ms": 1e-3, "latency_us": 1e-6}
+_TIMED = {
+    "ffn_train": "step_ms",
+    "ffn_decode": "latency_us",
+    "generate": "latency_ms",
+    "pretrain": "step_ms",
+}
+# Timing loops of a point, and how many steps one sample of all of them takes: forward, backward and both; one
+# decoding step; 32 of them and a prompt, which takes about as long.
+_LOOPS = {"ffn_train": (3, 2), "ffn_decode": (1, 1), "generate": (2, 64)}
+_UNIT = {"step_ms": 1e-3, "latency_us": 1e-6, "latency_ms": 1e-3}
 
 
 @dataclass(frozen=True)
@@ -85,8 +93,8 @@ class History:
             evaluations = _EVALUATIONS * (point.eval_tokens or 0) / point.tokens / 3
             seconds = (steps + evaluations) * step + _COMPILE_TWICE * compile_s
         else:
-            loops = 3 if point.workload == "ffn_train" else 1  # forward, backward, step
-            timed = int(row["n_samples"]) * step * (2 if loops == 3 else 1)
+            loops, steps = _LOOPS[point.workload]
+            timed = int(row["n_samples"]) * step * steps
             seconds = _POINT_SECONDS + compile_s + min(timed, loops * part.measure.timing.max_seconds)
         return Estimate(seconds, abs(ratio - 1) > 1e-9)
 
@@ -95,16 +103,17 @@ def step_flops(point: Point) -> float:
     """Floating-point operations of the matrix products in one step of a point's workload, if dense.
 
     Forward takes 2 per weight and token, and causal attention 2 d seq_len per layer and token; backward twice
-    that. Sparse methods have the same products, so ratios hold for them as well.
+    that. A step of decoding is a forward of one token a sequence. Sparse methods have the same products, so
+    ratios hold for them as well.
     """
     ffn = 2.0 * FfnShape(point.d_model, point.d_ffn).n_params()
     if point.workload == "ffn_decode":
         return ffn * point.batch * point.n_layers
-    if point.workload != "pretrain":
+    if point.workload == "ffn_train":
         return 3 * ffn * point.tokens * point.n_layers
     attention = 2.0 * 4 * point.d_model**2 + 2.0 * point.d_model * point.seq_len
-    head = 2.0 * (point.vocab_size or 0) * point.d_model
-    return 3 * point.tokens * (point.n_layers * (ffn + attention) + head)
+    token = point.n_layers * (ffn + attention) + 2.0 * (point.vocab_size or 0) * point.d_model
+    return token * (point.batch if point.workload == "generate" else 3 * point.tokens)
 
 
 def _rule(row: dict[str, Any]) -> str | None:

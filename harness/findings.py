@@ -98,7 +98,8 @@ def speed_sentence(lead: pd.DataFrame, part: pd.DataFrame) -> str:
     if lead["x_best_dense"].isna().all():
         return ""
     names = text.listing(list(dict.fromkeys(lead["baseline"])))
-    verb = {"pretrain": "trains", "ffn_train": "runs one FFN training step"}.get(line["workload"], "runs")
+    verbs = {"pretrain": "trains", "ffn_train": "runs one FFN training step", "generate": "generates"}
+    verb = verbs.get(line["workload"], "runs")
     interval = ""
     if len(lead) == 1 and line["x_best_dense_ci_low"] == line["x_best_dense_ci_low"]:
         ends = (line["x_best_dense_ci_low"], line["x_best_dense_ci_high"])

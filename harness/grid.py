@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from harness.points import Point
-from harness.spec import INTEGER_AXES, AxisValue, Part, Range
+from harness.spec import INTEGER_AXES, WHOLE_MODEL, AxisValue, Part, Range
 from moc.config import get_preset
 from moc.methods import get_method
 from moc.selection import parse_selection
@@ -59,13 +59,14 @@ def make_point(
         rule = f"topk:{round(fraction, 6)}"
     selection = str(parse_selection(str(rule))) if takes_selection and rule is not None else None
 
-    pretrain = part.workload == "pretrain"
-    extra: dict[str, Any] = {}
-    if pretrain:
-        extra = {name: values.get(name, default) for name, default in PRETRAIN_DEFAULTS.items()}
+    whole = part.workload in WHOLE_MODEL
+    extra: dict[str, Any] = {"n_heads": shape["n_heads"]} if whole else {}
+    if part.workload == "generate":
+        extra["vocab_size"] = values.get("vocab_size", PRETRAIN_DEFAULTS["vocab_size"])
+    if part.workload == "pretrain":
+        extra |= {name: values.get(name, default) for name, default in PRETRAIN_DEFAULTS.items()}
         extra["lr"] = float(extra["lr"])
         extra["train_tokens"] = values["train_tokens"]
-        extra["n_heads"] = shape["n_heads"]
         extra["data_id"] = (data_ids or {}).get(extra["vocab_size"])
     batch, seq_len = _batch_and_length(part, values)
     return Point(
@@ -75,7 +76,7 @@ def make_point(
         preset=str(values["preset"]) if "preset" in values else None,
         d_model=shape["d_model"],
         d_ffn=shape["d_ffn"],
-        n_layers=shape["n_layers"] if pretrain else int(values.get("n_layers", 1)),
+        n_layers=shape["n_layers"] if whole else int(values.get("n_layers", 1)),
         batch=batch,
         seq_len=seq_len,
         dtype=str(values.get("dtype", "bf16")),

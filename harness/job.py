@@ -27,6 +27,7 @@ class MeasureSettings:
     memory: bool = True
     gate: bool = True
     checkpoint_seconds: float | None = None  # pretrain: write a checkpoint this often; None: never
+    union: bool = False  # pretrain: the channels that a decoding batch needs together
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ METRICS: dict[str, Metric] = {
     "backward_ms": Metric("ms", False, "device time of the backward pass"),
     "step_ms": Metric("ms", False, "device time of one training step of the workload"),
     "latency_us": Metric("us", False, "device time of one decoding step of the FFN"),
-    "latency_ms": Metric("ms", False, "time of one generated token of the whole model"),
-    "time_to_first_token_ms": Metric("ms", False, "time from prompt to first token of the whole model"),
+    "latency_ms": Metric("ms", False, "time of one decoding step of the whole model, mean after the prompt"),
+    "time_to_first_token_ms": Metric("ms", False, "time to read the prompts and choose the first token"),
     "compile_s": Metric("s", False, "first call minus a steady call: compilation and autotuning"),
     "tokens_per_s": Metric("tokens/s", True, "real tokens trained or generated per second, no padding"),
     "speedup_vs_best_dense": Metric("x", True, "paired ratio to the fastest dense method of the point"),
@@ -48,7 +48,13 @@ METRICS: dict[str, Metric] = {
     "train_tokens_seen": Metric("tokens", None, "tokens the model was trained on"),
     # correctness and quality
     "max_rel_err": Metric("ratio", False, "largest relative Frobenius error of the correctness gate"),
+    "logits_rel_err": Metric(
+        "ratio", False, "decoded logits against the float32 reference, relative: median over tokens"
+    ),
     "overflow_fraction": Metric("fraction", False, "channels above the threshold that the cap left out"),
+    "union_share": Metric(
+        "fraction", False, "channels that 16 tokens of different texts keep together, of d_ffn, over layers"
+    ),
     "untrained_loss_nats": Metric("nats/token", None, "validation loss before the first step"),
     "untrained_perplexity": Metric("ratio", None, "validation perplexity before the first step"),
     "eval_loss_nats": Metric("nats/token", False, "validation loss after training"),

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from harness.grid import expand, make_point, vocab_sizes
 from harness.points import Point, group_points
-from harness.spec import INTEGER_AXES, AxisValue, Part, Range, SpecError, Sweep
+from harness.spec import INTEGER_AXES, WHOLE_MODEL, AxisValue, Part, Range, SpecError, Sweep
 from moc.config import FfnShape
 from moc.methods import get_method
 from moc.selection import parse_selection
 
 # Rivals of these workloads run in one process, on the same weights and inputs, so that they are paired.
-GROUPED_WORKLOADS = ("ffn_train", "ffn_decode")
+GROUPED_WORKLOADS = ("ffn_train", "ffn_decode", "generate")
 _MOST_CORNERS = 1000  # of a search that are looked at
 # What `--retry` measures again.
 RETRY: dict[str, tuple[str, ...]] = {
@@ -136,15 +136,16 @@ def unsupported_reason(point: Point, device: str) -> str | None:
     """Why a point cannot be measured on a kind of device (`cpu`, `cuda`); None if it can."""
     method = get_method(point.method)
     selection = None if point.selection is None else parse_selection(point.selection)
-    if point.workload == "ffn_decode" and not method.decode:
+    decodes = point.workload in ("ffn_decode", "generate")
+    if decodes and not method.decode:
         return f"method {method.name} does not decode"
-    if point.workload != "ffn_decode" and not method.backward:
+    if not decodes and not method.backward:
         return f"method {method.name} has no backward pass"
-    if point.workload == "pretrain":
+    if point.workload in WHOLE_MODEL:
         from harness.training import AUTOCAST_DTYPES
         from harness.workloads.pretrain import model_config
 
-        if point.dtype not in AUTOCAST_DTYPES:
+        if point.workload == "pretrain" and point.dtype not in AUTOCAST_DTYPES:
             return f"dtype {point.dtype} cannot be trained; choose one of {', '.join(AUTOCAST_DTYPES)}"
         try:
             model_config(point)

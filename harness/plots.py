@@ -17,6 +17,7 @@ from matplotlib.ticker import EngFormatter, NullLocator
 
 from harness import text
 from harness.plot_bars import ffn_plots
+from harness.plot_crossover import crossover_plot
 from harness.plot_curves import gap_over_tokens, loss_curves, loss_over_tokens
 from harness.plot_panels import CONDITIONS, board_of, interval, one_size_each, panels, series_of, with_k
 from harness.plot_style import Board, Look, Mark, Plot, line_handle
@@ -61,6 +62,7 @@ def draw_plots(
             gap_over_tokens(whole, curves, caption, path("loss_gap_vs_tokens")),
         ]
     plots += ffn_plots(summary[summary["workload"] == "ffn_train"], caption, folder, tail)
+    plots.append(crossover_plot(rows, points, samples, caption, path("batch_crossover")))
     return [plot for plot in plots if plot is not None]
 
 

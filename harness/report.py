@@ -17,6 +17,7 @@ from typing import Any
 import pandas as pd
 
 from harness import text
+from harness.crossover import crossover_table, crossovers
 from harness.findings import findings
 from harness.memory_formula import memory_formula
 from harness.optimization_report import Section, search_section, search_sentences, searched_parts, split
@@ -37,7 +38,7 @@ _STYLE = (
 _PLOT_NAMES = (
     *("perplexity_vs_k", "throughput_vs_k", "memory_vs_k", "perplexity_memory_pareto"),
     *("throughput_vs_seq_len", "loss_vs_tokens", "loss_gap_vs_tokens"),
-    *("ffn_step_time", "ffn_saved_bytes", "ffn_speedup"),
+    *("ffn_step_time", "ffn_saved_bytes", "ffn_speedup", "batch_crossover"),
     *_SEARCH_PLOTS,
 )
 
@@ -179,6 +180,9 @@ def _grid_section(
     for workload in dict.fromkeys(summary["workload"]) if not summary.empty else ():
         blocks.append(Heading(3, f"All points of {workload}"))
         blocks.append(Table(workload_table(summary[summary["workload"] == workload])))
+    crossed = crossovers(rows)
+    if not crossed.empty:
+        blocks += [Heading(3, "Up to which batch it decodes faster"), Table(crossover_table(crossed))]
     checked = memory_formula(points)
     if not checked.empty:
         blocks.append(Heading(3, "Memory self-test"))

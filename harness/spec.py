@@ -40,8 +40,10 @@ _TRAINING_AXES = ("train_tokens", "eval_tokens", "vocab_size", "lr")
 AXES: dict[str, tuple[str, ...]] = {
     "ffn_train": (*_SHAPE_AXES, *_STEP_AXES, "timing_mode"),
     "ffn_decode": (*_SHAPE_AXES, *_STEP_AXES, "timing_mode"),
+    "generate": (*_SHAPE_AXES, *_STEP_AXES, "vocab_size", "timing_mode"),
     "pretrain": (*_SHAPE_AXES, *_STEP_AXES, *_TRAINING_AXES),
 }
+WHOLE_MODEL = ("pretrain", "generate")  # workloads of all layers, which need the model's depth and heads
 INTEGER_AXES = frozenset(
     (*_SHAPE_AXES[1:], "batch", "seq_len", "tokens", "train_tokens", "eval_tokens", "vocab_size")
 )
@@ -92,6 +94,7 @@ class Measure(_Model):
     memory: bool = True
     gate: bool = True
     checkpoint_seconds: float | None = Field(None, gt=0)
+    union: bool = False
 
     def settings(self) -> MeasureSettings:
         """The flat form a job carries."""
@@ -101,6 +104,7 @@ class Measure(_Model):
             memory=self.memory,
             gate=self.gate,
             checkpoint_seconds=self.checkpoint_seconds,
+            union=self.union,
         )
 
 
@@ -136,7 +140,7 @@ class Part(_Model):
     """One workload over one set of axes."""
 
     name: str = ""
-    workload: Literal["ffn_train", "ffn_decode", "pretrain"]
+    workload: Literal["ffn_train", "ffn_decode", "generate", "pretrain"]
     mode: Literal["grid", "optimize"] = "grid"
     axes: dict[str, Axis]
     fixed: dict[str, _Scalar] = {}
@@ -400,9 +404,9 @@ def _check_complete(where: str, part: Part, given: set[str]) -> None:
         raise SpecError(f"{where}axes.method is missing; list at least one method")
     if "preset" not in given and not {"d_model", "d_ffn"} <= given:
         raise SpecError(f"{where}axes.preset is missing; give preset, or d_model and d_ffn")
-    if part.workload == "pretrain" and "preset" not in given and not {"n_layers", "n_heads"} <= given:
+    if part.workload in WHOLE_MODEL and "preset" not in given and not {"n_layers", "n_heads"} <= given:
         raise SpecError(
-            f"{where}axes.preset is missing; pretrain without a preset needs n_layers and n_heads"
+            f"{where}axes.preset is missing; {part.workload} without a preset needs n_layers and n_heads"
         )
     size = given & {"batch", "seq_len", "tokens"}
     if part.workload == "ffn_decode":

@@ -37,6 +37,7 @@ JOURNAL_NAME = "study.journal"
 _GRID_OBJECTIVES: dict[str, tuple[str, ...]] = {
     "ffn_train": ("step_ms", "saved_activation_bytes_per_token"),
     "ffn_decode": ("latency_us",),
+    "generate": ("latency_ms", "time_to_first_token_ms"),
     "pretrain": ("tokens_per_s", "PEAK", "perplexity"),
 }
 _ATTRIBUTES = (

@@ -87,8 +87,8 @@ def point_table(rows: pd.DataFrame, samples: pd.DataFrame | None = None) -> pd.D
     points = points.reindex(columns=[*words, *_NUMBERS, *metrics])
     said = points[list(words)].astype(object).where(points[list(words)].notna(), "")
     said["device_name"] = said["device_name"].replace("", "unknown device")
-    # Only the FFN workloads time rivals in one launch mode on purpose; elsewhere it is no condition.
-    said["timing_mode"] = said["timing_mode"].where(said["workload"].str.startswith("ffn_"), "")
+    # Training runs are not timed in a launch mode of one's choice, so there it is no condition.
+    said["timing_mode"] = said["timing_mode"].where(said["workload"] != "pretrain", "")
     # One block of plain floats: nullable ones would give every comparison a third value.
     names = [*_NUMBERS, *metrics]
     numbers = points[names].apply(pd.to_numeric, errors="coerce").astype("Float64")

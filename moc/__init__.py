@@ -2,6 +2,7 @@
 of methods that compares them. Importable on its own; measuring lives in `harness`."""
 
 from moc.config import PRESETS, FfnShape, LlamaConfig, get_preset
+from moc.decoding import GreedyDecoder
 from moc.layers import ActPruneFFN, DenseFFN, DenseGuFFN, MoCFFN, RecomputeFFN, init_weights
 from moc.llama import KVCache, Llama
 from moc.loss import chunked_cross_entropy, token_cross_entropy
@@ -18,6 +19,7 @@ __all__ = [
     "DenseGuFFN",
     "FfnGrads",
     "FfnShape",
+    "GreedyDecoder",
     "KVCache",
     "Llama",
     "LlamaConfig",

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from moc.kernels.between import Kept
 
 # Bytes that a GEMM leaves for its pass, and of one [tokens, d_ffn] that the passes leave for the GEMMs.
-SMALL_CHUNK_BYTES = 34 << 20
+SMALL_CHUNK_BYTES = 96 << 20
 LARGE_CHUNK_BYTES = 192 << 20
 MIN_CHUNKS, MAX_CHUNKS = 2, 8  # large ones, of a batch longer than
 LONG_BATCH = 4096  # tokens; a shorter one is a single large chunk

@@ -27,11 +27,12 @@ def init_weights(module: nn.Module, seed: int) -> None:
 
     A parameter's values depend on the seed, its name and its shape only: not on the method, on the other
     parameters, on the device or on PyTorch's global generator. So the same model with another feed-forward
-    method, even one from outside, starts from the same weights.
+    method, even one from outside, starts from the same weights. Parameters on the meta device, which have no
+    values, are passed over.
     """
     # In threads because drawing is serial and takes 10 s per 1e9 weights, in every process of a sweep.
     with ThreadPoolExecutor() as pool:
-        named = dict(module.named_parameters())
+        named = {name: p for name, p in module.named_parameters() if not p.is_meta}
         list(pool.map(_fill, named.keys(), named.values(), repeat(seed)))
 
 

@@ -10,11 +10,13 @@ torch.autocast; the residual stream is then float32 and products run in the auto
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moc.attention_ops import attend_step, takes_step
 from moc.config import LlamaConfig
 from moc.layers import init_weights
 from moc.loss import chunked_cross_entropy, token_cross_entropy
@@ -24,58 +26,64 @@ from moc.ops import autocast_cast, compute_dtype
 class KVCache:
     """Keys and values of the tokens seen so far, in tensors of fixed shape.
 
-    keys and values are [n_layers, batch, n_heads, max_len, head_dim]; `length` is an int64 scalar on the
-    device, so a decoding step has static shapes and no value known only to the CPU, and can be captured in a
-    CUDA graph. Nothing checks that `length` stays within `max_len`: that would synchronise; `Llama.generate`
-    checks beforehand. Raises ValueError if `max_len` exceeds the model's max_seq_len.
+    `keys` and `values` hold a tensor [batch, n_heads, max_len, head_dim] per layer: apart, because a compiled
+    layer that writes into its own tensor does so in place. `length` is an int64 scalar on the device, so a
+    decoding step has static shapes and no value known only to the CPU, and can be captured in a CUDA graph.
+    Nothing checks that `length` stays within `max_len`: that would synchronise; `Llama.generate` checks
+    beforehand. Raises ValueError if `max_len` exceeds the model's max_seq_len.
     """
 
     def __init__(
         self, config: LlamaConfig, batch: int, max_len: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         _check_length(max_len, config)
-        shape = (config.n_layers, batch, config.n_heads, max_len, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        shape = (batch, config.n_heads, max_len, config.head_dim)
+        self.keys, self.values = (
+            [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers)] for _ in range(2)
+        )
         self.length = torch.zeros((), dtype=torch.int64, device=device)
 
-    def append(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write keys and values [batch, n_heads, S, head_dim] at `positions` [S]; give all of the layer's."""
-        self.keys[layer].index_copy_(2, positions, keys)
-        self.values[layer].index_copy_(2, positions, values)
-        return self.keys[layer], self.values[layer]
 
+class LayerCache(NamedTuple):
+    """What one layer needs to know of a cache while S tokens enter it."""
 
-CachedPositions = tuple[KVCache, Tensor] | None  # when decoding: the cache, and where in it these tokens go
+    keys: Tensor  # [batch, n_heads, max_len, head_dim], written at `positions`
+    values: Tensor  # likewise
+    positions: Tensor  # [S] int64: where in the cache the tokens go
+    mask: Tensor | None  # [S, max_len], 0 or -inf, added to scores; None: the cache held nothing before
+    wqkv: Tensor | None = None  # [3 d_model, d_model]: wq, wk and wv as one matrix, where that is at hand
 
 
 class Attention(nn.Module):
     """Causal multi-head attention with rotary positions; weights wq, wk, wv, wo are [d_model, d_model]."""
 
-    def __init__(self, config: LlamaConfig, layer: int) -> None:
+    def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.layer = layer
         self.heads = (config.n_heads, config.head_dim)
         self.wq = nn.Parameter(torch.empty(config.d_model, config.d_model))
         self.wk = nn.Parameter(torch.empty(config.d_model, config.d_model))
         self.wv = nn.Parameter(torch.empty(config.d_model, config.d_model))
         self.wo = nn.Parameter(torch.empty(config.d_model, config.d_model))
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], cached: CachedPositions) -> Tensor:
-        """x [B, S, d] -> [B, S, d].
-
-        `rotation` holds cos and sin [S, head_dim]; `cached`, when decoding, the cache and the positions [S].
-        """
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], cached: LayerCache | None) -> Tensor:
+        """x [B, S, d] -> [B, S, d]; `rotation` holds cos and sin [S, head_dim]."""
         (x,) = autocast_cast(x)
-        q, k, v = (self._split(F.linear(x, w)) for w in (self.wq, self.wk, self.wv))
+        if cached is None or cached.wqkv is None:
+            q, k, v = (self._split(F.linear(x, w)) for w in (self.wq, self.wk, self.wv))
+        else:
+            qkv = F.linear(x, cached.wqkv)
+            if x.shape[1] == 1 and cached.mask is not None and takes_step(qkv, cached.keys):
+                y = attend_step(qkv, *rotation, cached.positions, cached.keys, cached.values)
+                return F.linear(y, self.wo)
+            q, k, v = (self._split(part) for part in qkv.chunk(3, dim=-1))
         q, k = _rotate(q, *rotation), _rotate(k, *rotation)
-        if cached is None:
+        if cached is not None:
+            cached.keys.index_copy_(2, cached.positions, k)
+            cached.values.index_copy_(2, cached.positions, v)
+        if cached is None or cached.mask is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
-            cache, positions = cached
-            k, v = cache.append(self.layer, positions, k, v)
-            seen = torch.arange(k.shape[2], device=k.device) <= positions.unsqueeze(1)  # [S, max_len]
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+            y = F.scaled_dot_product_attention(q, cached.keys, cached.values, attn_mask=cached.mask)
         return F.linear(y.transpose(1, 2).flatten(2), self.wo)
 
     def _split(self, x: Tensor) -> Tensor:
@@ -83,19 +91,31 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: x + attention(norm(x)), then + ffn(norm(.))."""
+    """One layer: x + attention(norm(x)), then + ffn(norm(.)).
 
-    def __init__(self, config: LlamaConfig, layer: int, ffn: nn.Module) -> None:
+    The last sum is left to the next layer, so that a layer compiled by itself begins with that sum and the
+    norm in one pass. No layer knows its number, so all of them are one compiled function.
+    """
+
+    def __init__(self, config: LlamaConfig, ffn: nn.Module) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.d_model, config.norm_eps)
-        self.attention = Attention(config, layer)
+        self.attention = Attention(config)
         self.ffn_norm = nn.RMSNorm(config.d_model, config.norm_eps)
         self.ffn = ffn
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], cached: CachedPositions) -> Tensor:
-        """x [B, S, d] -> [B, S, d]; arguments as Attention."""
+    def forward(
+        self,
+        x: Tensor,
+        delta: Tensor | None,
+        rotation: tuple[Tensor, Tensor],
+        cached: LayerCache | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """x and delta [B, S, d], whose sum enters the layer, to two such for the next one."""
+        if delta is not None:
+            x = x + delta
         x = x + self.attention(self.attention_norm(x), rotation, cached)
-        return x + self.ffn(self.ffn_norm(x))
+        return x, self.ffn(self.ffn_norm(x))
 
 
 class Llama(nn.Module):
@@ -103,7 +123,8 @@ class Llama(nn.Module):
 
     `ffn_factory` is called once per layer and returns a module that maps [..., d_model] to the same shape and
     has the parameters w_gate, w_up, w_down [d_ffn, d_model]. All weights follow from `seed` alone, whatever
-    the feed-forward network (`moc.layers.init_weights`).
+    the feed-forward network (`moc.layers.init_weights`). Built under `torch.device("meta")` it has no weights
+    but takes those of `load_state_dict(..., assign=True)`, so several models can share one copy.
     """
 
     cos: Tensor
@@ -113,13 +134,14 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
-        self.layers = nn.ModuleList(Block(config, layer, ffn_factory()) for layer in range(config.n_layers))
+        self.layers = nn.ModuleList(Block(config, ffn_factory()) for _ in range(config.n_layers))
         self.norm = nn.RMSNorm(config.d_model, config.norm_eps)
         self.head = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
         init_weights(self, seed)
+        device = "cpu" if self.head.is_meta else self.head.device  # the tables hold values on any device
         cos, sin = _rotation_tables(config)
-        self.register_buffer("cos", cos.to(self.head.device), persistent=False)
-        self.register_buffer("sin", sin.to(self.head.device), persistent=False)
+        self.register_buffer("cos", cos.to(device), persistent=False)
+        self.register_buffer("sin", sin.to(device), persistent=False)
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """tokens [B, S] int64 -> hidden [B, S, d_model] after the final norm; logits are hidden @ head.T.
@@ -128,17 +150,36 @@ class Llama(nn.Module):
         exceeds the model's max_seq_len.
         """
         _check_length(tokens.shape[1], self.config)
-        x = F.embedding(tokens, self.embedding)
         if cache is None:
-            cached, rotation = None, (self.cos[: tokens.shape[1]], self.sin[: tokens.shape[1]])
+            x, rotation = F.embedding(tokens, self.embedding), self.rotation(slice(tokens.shape[1]))
+            places: list[LayerCache | None] = [None] * len(self.layers)
         else:
-            positions = cache.length + torch.arange(tokens.shape[1], device=tokens.device)
-            cached, rotation = (cache, positions), (self.cos[positions], self.sin[positions])
-        for layer in self.layers:
-            x = layer(x, rotation, cached)
-        if cache is not None:
+            x, rotation, positions, mask = self.place(tokens, cache.length, cache.keys[0])
+            places = [LayerCache(*kv, positions, mask) for kv in zip(cache.keys, cache.values, strict=True)]
             cache.length.add_(tokens.shape[1])
-        return self.norm(x)
+        delta = None
+        for layer, place in zip(self.layers, places, strict=True):
+            x, delta = layer(x, delta, rotation, place)
+        assert delta is not None  # there is at least one layer
+        return self.norm(x + delta)
+
+    def rotation(self, positions: Tensor | slice) -> tuple[Tensor, Tensor]:
+        """cos and sin [S, head_dim] at these positions."""
+        return self.cos[positions], self.sin[positions]
+
+    def place(
+        self, tokens: Tensor, length: Tensor, keys: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor, Tensor]:
+        """What a step of S tokens that follow `length` cached ones needs before its first layer.
+
+        Embeddings [B, S, d]; cos and sin; positions [S]; and the mask [S, max_len] for scores against a whole
+        layer's `keys`, of their dtype.
+        """
+        positions = length + torch.arange(tokens.shape[1], device=tokens.device)
+        unseen = torch.arange(keys.shape[2], device=keys.device) > positions.unsqueeze(1)
+        mask = torch.zeros(unseen.shape, dtype=keys.dtype, device=keys.device)
+        mask = mask.masked_fill(unseen, float("-inf"))
+        return F.embedding(tokens, self.embedding), self.rotation(positions), positions, mask
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats of `targets` [B, S] given `tokens` [B, S]; see `chunked_cross_entropy`.

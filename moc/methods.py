@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from moc.compact import n_words
 from moc.config import FfnShape, near_miss
+from moc.int8 import Int8FFN, dense_int8_reference, moc_int8_ffn, moc_int8_reference
 from moc.layers import ActPruneFFN, DenseFFN, DenseGuFFN, MoCFFN, RecomputeFFN
 from moc.reference import (
     FfnGrads,
@@ -168,7 +169,8 @@ def _required(selection: Selection | None) -> Selection:
 
 
 def _compact_fp8_bytes(shape: FfnShape, k: int, itemsize: int) -> float:
-    return shape.d_model * itemsize + 2 * k + 4 * n_words(shape.d_ffn) + 8  # a pair of channels and two scales
+    # a pair of bytes for each kept channel, and two scales
+    return shape.d_model * itemsize + 2 * k + 4 * n_words(shape.d_ffn) + 8
 
 
 def _compact_bytes(shape: FfnShape, k: int, itemsize: int) -> float:
@@ -295,6 +297,28 @@ METHODS: dict[str, Method] = {
             compile=True,
             reference=_act_prune_reference,
             saved_bytes_per_token=_compact_bytes,
+        ),
+        Method(
+            name="dense_int8",
+            make=lambda shape, _selection: Int8FFN(shape),
+            is_dense=False,  # its weights are rounded, so it is no exact dense baseline
+            takes_selection=False,
+            compile=False,  # a compiled layer would not see that its int8 weights are out of date
+            reference=dense_int8_reference,
+            dtypes=frozenset({"fp16", "bf16"}),
+            device_types=frozenset({"cuda"}),
+            backward=False,
+        ),
+        Method(
+            name="moc_int8",
+            make=moc_int8_ffn,
+            is_dense=False,
+            takes_selection=True,
+            compile=False,
+            reference=moc_int8_reference,
+            dtypes=frozenset({"fp16", "bf16"}),
+            device_types=frozenset({"cuda"}),
+            backward=False,
         ),
     )
 }

@@ -25,6 +25,7 @@ from moc.compact import (
     pack_bitmask,
     unpack_bitmask,
 )
+from moc.gather import kept_rows_output, pays
 from moc.selection import Selection, parse_selection
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -126,11 +127,13 @@ def _moc_forward(
 
     `masked` says whether y is that of the masked function or dense (act_prune).
     """
-    rule = parse_selection(selection)
-    n_tokens, d_ffn = x.shape[0], w_gate.shape[0]
+    rule, d_ffn = parse_selection(selection), w_gate.shape[0]
     with torch.autocast(x.device.type, enabled=False):
         g = x @ w_gate.T
         mask, overflow = keep_mask(g, rule)
+        if masked and not keep and pays(x, w_up, rule.k(d_ffn)):
+            y = kept_rows_output(x, g, mask, w_up, w_down)
+            return y, *_nothing_kept(x), overflow
         u = x @ w_up.T
         if keep:
             channels = kept_channels(mask, rule.k(d_ffn))
@@ -138,13 +141,17 @@ def _moc_forward(
             bitmask = pack_bitmask(mask)
             del channels
         else:
-            g_compact, u_compact = x.new_empty(n_tokens, 0), x.new_empty(n_tokens, 0)
-            bitmask = x.new_empty((n_tokens, 0), dtype=torch.int32)
+            g_compact, u_compact, bitmask = _nothing_kept(x)
         z = F.silu(g, inplace=True).mul_(u)
         del u
         if masked:
             z.masked_fill_(mask.logical_not_(), 0)
         return z @ w_down, g_compact, u_compact, bitmask, overflow
+
+
+def _nothing_kept(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    g_compact, u_compact = x.new_empty(len(x), 0), x.new_empty(len(x), 0)
+    return g_compact, u_compact, x.new_empty((len(x), 0), dtype=torch.int32)
 
 
 @_moc_forward.register_fake

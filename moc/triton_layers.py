@@ -8,13 +8,18 @@ import torch
 from torch import Tensor
 
 from moc.config import FfnShape
+from moc.decode_ops import decodes, moc_decode
 from moc.ffn_ops import triton_moc_ffn
 from moc.layers import MoCFFN
 from moc.selection import Selection
 
 
 class TritonMoCFFN(MoCFFN):
-    """Mixture-of-Channels SwiGLU on Triton kernels; see `moc.ffn_ops.triton_moc_ffn`, also for `fp8`."""
+    """Mixture-of-Channels SwiGLU on Triton kernels; see `moc.ffn_ops.triton_moc_ffn`, also for `fp8`.
+
+    A few tokens without gradients take `moc.decode_ops.moc_decode`; `moc.decode_ops.decode_path` says how
+    many.
+    """
 
     def __init__(self, shape: FfnShape, selection: Selection, fp8: bool = False) -> None:
         super().__init__(shape, selection)
@@ -39,7 +44,11 @@ class TritonMoCFFN(MoCFFN):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., d_model] -> [..., d_model]. Raises ValueError for what the kernels cannot do."""
-        y, overflow = triton_moc_ffn(x, self.w_gate, self.w_up, self.w_down, self.selection, self.fp8)
+        weights = self.w_gate, self.w_up, self.w_down
+        if decodes(x, *weights, self.selection):
+            y, overflow = moc_decode(x, *weights, self.selection)
+        else:
+            y, overflow = triton_moc_ffn(x, *weights, self.selection, self.fp8)
         self._count(overflow)
         return y
 

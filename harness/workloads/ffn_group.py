@@ -1,11 +1,12 @@
-"""What `ffn_train` and `ffn_decode` share: a group's points as runnable methods, and rows made of times."""
+"""What `ffn_train`, `ffn_decode` and `generate` share: a group's points made runnable, and rows of times."""
 
 from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,8 @@ ALIGNMENT = 8  # elements: below it cuBLAS leaves its fast path (16-byte rows in
 # Every method, selection and shape of a group compiles the same few functions anew; past this many PyTorch
 # would run the rest eagerly without a word.
 _RECOMPILE_LIMIT = 1024
+
+_Work = TypeVar("_Work", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -135,15 +138,14 @@ def with_weights(layer: nn.Module, tensors: FfnTensors) -> nn.Module:
     return other
 
 
-def compiled(group: Group, entry: Entry, module: nn.Module) -> nn.Module:
-    """The module as the method wants it run: through torch.compile with static shapes, or as it is."""
+def compiled(group: Group, entry: Entry, work: _Work) -> _Work:
+    """A module or function as the method wants it run: through torch.compile with static shapes, or as it
+    is."""
     if not entry.method.compiles_on(group.device.type):
-        return module
+        return work
     torch._dynamo.config.recompile_limit = _RECOMPILE_LIMIT
     torch._dynamo.config.accumulated_recompile_limit = _RECOMPILE_LIMIT
-    run: nn.Module = torch.compile(  # type: ignore[assignment]
-        module, dynamic=False, mode=entry.method.compile_mode
-    )
+    run: _Work = torch.compile(work, dynamic=False, mode=entry.method.compile_mode)  # type: ignore[assignment]
     return run
 
 

@@ -26,6 +26,7 @@ from harness.job import Job, Reporter
 from harness.measure.clocks import ClockReader, Conditions, any_throttled, median_sm_clock
 from harness.measure.memory import is_out_of_memory, peak_bytes, peak_rss_over_start_bytes, saved_bytes
 from harness.measure.stats import CONFIDENCE, RESAMPLES, Estimate, median_estimate
+from harness.measure.union import LARGEST_BATCH, union_shares
 from harness.points import Point
 from harness.training import (
     AUTOCAST_DTYPES,
@@ -76,7 +77,7 @@ def run(job: Job, report: Reporter) -> None:
 
 
 def model_config(point: Point) -> LlamaConfig:
-    """The model of a point. Raises ValueError naming a field that a `pretrain` point lacks."""
+    """The model of a `pretrain` or `generate` point. Raises ValueError naming a field that it lacks."""
     return LlamaConfig(
         name=point.preset or f"{point.d_model}x{point.d_ffn}",
         d_model=point.d_model,
@@ -105,7 +106,7 @@ def _given(point: Point, name: str) -> Any:
     """A field that other workloads leave out."""
     value = getattr(point, name)
     if value is None:
-        raise ValueError(f"pretrain: {name} is missing from the point")
+        raise ValueError(f"{point.workload}: {name} is missing from the point")
     return value
 
 
@@ -166,6 +167,11 @@ def _train_and_report(
         on_step=on_step,
         on_evaluation=on_evaluation,
     )
+    texts = len(trainer.text.windows)
+    if selection is not None and job.measure.union and texts < LARGEST_BATCH:
+        reason = f"measure.union needs {LARGEST_BATCH} windows of validation text; there are {texts}"
+        report.finish(point, "unsupported", f"{reason}: raise eval_tokens or lower seq_len")
+        return
     result = trainer.run()
     _report_speed(report, point, result, compiled, median_sm_clock(blocks), any_throttled(blocks))
     if result.peak_bytes is not None:
@@ -176,6 +182,8 @@ def _train_and_report(
     _report_quality(report, point, result, trainer.text.bytes_per_token)
     if selection is not None and selection.rule == "threshold":
         report.measure(point, "overflow_fraction", _overflow_fraction(model, trainer, point, device))
+    if selection is not None and job.measure.union:
+        _report_union(report, model, trainer, point, selection)
     if job.measure.memory:
         del trainer  # the optimizer's state is not needed any more
         value = _saved_bytes_per_token(model, point, device, compiled)
@@ -208,6 +216,26 @@ def _overflow_fraction(model: Llama, trainer: Trainer, point: Point, device: tor
     evaluate(model, trainer.text, device, point.dtype, point.tokens)
     total = sum(int(counter) for counter in counters)
     return total / (trainer.text.n_tokens * point.n_layers * point.d_ffn)
+
+
+def _report_union(
+    report: Reporter, model: Llama, trainer: Trainer, point: Point, selection: Selection
+) -> None:
+    """Channels that 1 to 16 tokens of a decoding batch need together, on the held-out text."""
+    with autocast(model.head.device, point.dtype):
+        shares = union_shares(model, trainer.text.windows[:, :-1], selection)
+    largest = mean_estimate(shares[:, -1])
+    report.measure(
+        point,
+        "union_share",
+        largest.value,
+        ci_low=largest.ci_low,
+        ci_high=largest.ci_high,
+        n_samples=largest.n_samples,
+        statistic=f"mean over sets of {LARGEST_BATCH} texts",
+    )
+    batches = np.arange(1, LARGEST_BATCH + 1, dtype=float)
+    report.samples(point, "union_share", shares.mean(axis=0).tolist(), batches.tolist())
 
 
 class PeakMeter:

@@ -36,7 +36,6 @@ from moc.kernels.primitives import (
     running_total,
     sigmoid,
     store_pairs,
-    to_fp8,
     total,
 )
 from moc.kernels.selection import NM, RULES, THRESHOLD, TOPK_ABS, first_key, row_threshold, score_of
@@ -157,8 +156,8 @@ def select_fwd_kernel(
             b_before = n_kept + running_total(b_count, 0) - b_count
             b_offset = bits_before(b_bits[:, None], b_bit[None, :], ASM)
             if FP8:
-                b_g = to_fp8(b_gate / g_scale, ASM)
-                b_u = to_fp8(b_up / u_scale, ASM)
+                b_g = b_gate * (1.0 / g_scale)
+                b_u = b_up * (1.0 / u_scale)
             store_pairs(pairs_ptr, b_before[:, None], b_offset, b_g, b_u, b_keep, ONE_PER_LANE, ASM)
             tl.store(bitmask_ptr + start // 32 + b_word, b_bits, mask=b_word < WORDS - start // 32)
             n_kept += total(b_count, 0)
@@ -277,7 +276,7 @@ def select_pass(
     vector = _vector(g, u, z)
     size = g.element_size()
     packed = size == 2 and vector >= 2 and (INTERPRETED or _compares_pairs(g.device))
-    tiling = tiling or select_tiling(d_ffn, selection.rule, packed)
+    tiling = tiling or select_tiling(d_ffn, selection, packed)
     fp8 = kept is not None and kept.scales is not None
     if fp8:
         _check_fp8(g.device)
@@ -382,16 +381,21 @@ def expand_constants(d_ffn: int, width: int, vector: int, fp8: bool, tiling: Til
     }
 
 
-def select_tiling(d_ffn: int, rule: str, packed: bool) -> Tiling:
-    """The tiling of the select pass; `packed`: gates are of 16 bits and can be compared in pairs."""
-    num_warps = 1
-    if rule != "nm":  # the row is held
-        channels = 32 * (48 if rule == "topk_abs" else 192 if packed else 96)  # by one warp
-        num_warps = min(16, 1 << max(0, math.ceil(math.log2(d_ffn / channels))))
-    return Tiling(num_warps=num_warps, rows=16 * num_warps, vector=8)
+def select_tiling(d_ffn: int, selection: Selection, packed: bool) -> Tiling:
+    """The tiling of the select pass; `packed`: gates are of 16 bits and can be compared in pairs.
+
+    Measured by tune.py on an H100 (docs/measured.md, 2026-11-26).
+    """
+    if selection.rule == "nm":
+        return Tiling(num_warps=1, rows=8 if selection.m < 32 else 16, vector=8)
+    # The row is held by one warp up to so many channels.
+    channels = 32 * (48 if selection.rule == "topk_abs" else 192 if packed else 96)
+    num_warps = min(16, 1 << max(0, math.ceil(math.log2(d_ffn / channels))))
+    num_warps = 4 if num_warps == 2 else num_warps
+    return Tiling(num_warps=num_warps, rows=8 * num_warps, vector=8)
 
 
-EXPAND_TILING = Tiling(num_warps=1, rows=16, vector=8)
+EXPAND_TILING = Tiling(num_warps=2, rows=16, vector=8)
 
 
 def _vector(*rows: Tensor) -> int:

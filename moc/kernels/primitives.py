@@ -86,12 +86,34 @@ def sigmoid(x, ASM: tl.constexpr):
 
 
 @jit
-def to_fp8(x, ASM: tl.constexpr):
-    """float32 to float8e4nv, rounded to nearest even."""
-    if not ASM:  # the interpreter drops the carry out of the significand, so nothing must be left to round
-        b_bits = x.to(tl.int32, bitcast=True)
-        x = ((b_bits + 0x7FFFF + ((b_bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
+def pair_fp8(first, second, ASM: tl.constexpr):
+    """Two float32 as float8_e4m3fn in the low and high byte of int16, rounded to nearest even."""
+    # Triton's own conversion leads to wrong bytes here (3.6.0, sm_90).
+    if ASM:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.satfinite.e4m3x2.f32 $0, $2, $1;", "=h,f,f", [first, second],
+            dtype=tl.int16, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        return _pair_bits(_round_to_fp8(first), _round_to_fp8(second))
+
+
+@jit
+def _round_to_fp8(x):
+    # The interpreter drops the carry out of the significand, so nothing must be left to round.
+    b_bits = x.to(tl.int32, bitcast=True)
+    x = ((b_bits + 0x7FFFF + ((b_bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
     return x.to(tl.float8e4nv)
+
+
+@jit
+def _pair_bits(first, second):
+    """Two values of 16 or 8 bits in the low and high half of an integer."""
+    BITS: tl.constexpr = first.dtype.primitive_bitwidth
+    NARROW: tl.constexpr = tl.int16 if BITS == 16 else tl.int8
+    WIDE: tl.constexpr = tl.int32 if BITS == 16 else tl.int16
+    b_low = first.to(NARROW, bitcast=True).to(WIDE) & ((1 << BITS) - 1)
+    return b_low | (second.to(NARROW, bitcast=True).to(WIDE) << BITS)
 
 
 @jit
@@ -133,22 +155,24 @@ def bits_before(word, bit, ASM: tl.constexpr):
 
 @jit
 def store_pairs(pairs_ptr, base, offset, first, second, mask, ONE_PER_LANE: tl.constexpr, ASM: tl.constexpr):
-    """pairs[base + offset] = (first, second) where `mask`; pairs is [..., 2] of the values' dtype.
+    """pairs[base + offset] = (first, second) where `mask`; pairs is [..., 2] of the values' dtype, or of
+    float8e4nv, to which float32 values are then rounded.
 
     A pair of 16-bit or 8-bit values is one store. ONE_PER_LANE: through shared memory into a layout with
     neighbouring channels in neighbouring lanes, so that a store touches few sectors; tl.store chooses it, and
     PTX is the only way to avoid it.
     """
-    BITS: tl.constexpr = first.dtype.primitive_bitwidth
+    BITS: tl.constexpr = pairs_ptr.dtype.element_ty.primitive_bitwidth
     if BITS == 32:
         b_ptr = pairs_ptr + 2 * (base + offset)
         tl.store(b_ptr, first, mask=mask)
         tl.store(b_ptr + 1, second, mask=mask)
     else:
-        NARROW: tl.constexpr = tl.int16 if BITS == 16 else tl.int8
         WIDE: tl.constexpr = tl.int32 if BITS == 16 else tl.int16
-        b_low = first.to(NARROW, bitcast=True).to(WIDE) & ((1 << BITS) - 1)
-        b_pair = b_low | (second.to(NARROW, bitcast=True).to(WIDE) << BITS)
+        if BITS == 8:
+            b_pair = pair_fp8(first, second, ASM)
+        else:
+            b_pair = _pair_bits(first, second)
         if ONE_PER_LANE or not ASM:
             # Not that they are contiguous; the hint only says along which dimension lanes run.
             b_place = tl.max_contiguous(base + offset, (1, 2))

@@ -82,7 +82,7 @@ class Candidate:
 def candidates(d_ffn: int) -> Iterator[Candidate]:
     """What is tried at a row length; the first of each group is what runs today."""
     for rule in RULES:
-        today = select_tiling(d_ffn, rule.split(":")[0], packed=True)
+        today = select_tiling(d_ffn, parse_selection(rule), packed=True)
         tilings = [today]
         for factor, rows, one_per_lane in itertools.product((1, 2), (8, 16), (False, True)):
             warps = today.num_warps * factor
@@ -92,9 +92,7 @@ def candidates(d_ffn: int) -> Iterator[Candidate]:
             if today.num_warps > 1:
                 tilings.append(replace(today, num_warps=today.num_warps // 2, rows=today.rows // 2))
         yield from (Candidate("select", rule, d_ffn, tiling) for tiling in dict.fromkeys(tilings))
-    for one_per_lane in (False, True):
-        tiling = replace(select_tiling(d_ffn, "topk", packed=True), one_per_lane=one_per_lane)
-        yield Candidate("select", RULES[0], d_ffn, tiling, fp8=True)
+    yield Candidate("select", RULES[0], d_ffn, select_tiling(d_ffn, parse_selection(RULES[0]), True), fp8=True)
     tilings = [EXPAND_TILING]
     for warps, rows, one_per_lane in itertools.product((1, 2, 4), (8, 16), (False, True)):
         tilings.append(Tiling(warps, rows * warps, 8, one_per_lane))
@@ -238,7 +236,7 @@ def gemms(n_tokens: int, d: int, d_ffn: int) -> dict[str, float]:
 
 def fused(n_tokens: int, d: int, d_ffn: int) -> Iterator[dict[str, Any]]:
     """Milliseconds of selection in the epilogue of the gate-up GEMM, `nm:2:8`, and how right it is."""
-    candidate = Candidate("select", "nm:2:8", d_ffn, select_tiling(d_ffn, "nm", packed=True))
+    candidate = Candidate("select", "nm:2:8", d_ffn, select_tiling(d_ffn, parse_selection("nm:2:8"), packed=True))
     rows, right = Rows(candidate, n_tokens), Rows(candidate, n_tokens)
     x = torch.randn(n_tokens, d, device=DEVICE, dtype=DTYPE)
     w_gate, w_up = (torch.randn(d_ffn, d, device=DEVICE, dtype=DTYPE) / d**0.5 for _ in range(2))

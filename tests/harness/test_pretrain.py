@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import sys
@@ -296,3 +297,25 @@ def test_a_rival_by_module_path_is_trained(
     monkeypatch.setitem(sys.modules, "rival", module)
     rows = run(source, tmp_path, method="rival:make").rows
     assert rows["eval_loss_nats"] == run(source, tmp_path).rows["eval_loss_nats"]
+
+
+def test_the_channels_a_batch_needs_are_measured_when_asked(source: str, tmp_path: Path) -> None:
+    """With `union` a selecting method reports a curve from K for one token to at most all for sixteen."""
+    settings = MeasureSettings(memory=False, union=True)
+    report = run(source, tmp_path, settings, method="moc_reference", selection="topk:0.25")
+    curve, batches = report.curves["union_share"]
+    assert batches == list(range(1, 17))
+    assert curve[0] == pytest.approx(0.25)
+    assert all(after >= before for before, after in itertools.pairwise(curve))
+    assert 0.25 < curve[-1] < 1 - 0.75**16  # trained choices are less spread than independent ones
+    assert report.rows["union_share"]["value"] == pytest.approx(curve[-1])
+    assert "union_share" not in run(source, tmp_path, settings).rows
+
+
+def test_too_little_text_for_a_batch_is_said_before_training(source: str, tmp_path: Path) -> None:
+    """Fewer windows than the largest batch has tokens is unsupported, and no step is run."""
+    settings = MeasureSettings(memory=False, union=True)
+    report = run(source, tmp_path, settings, method="moc_reference", selection="topk:0.25", eval_tokens=64)
+    assert report.finished[0][1] == "unsupported"
+    assert "needs 16 windows of validation text; there are 4" in report.finished[0][2]
+    assert report.fractions == []

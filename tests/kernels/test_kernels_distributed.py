@@ -71,4 +71,5 @@ def test_two_processes_give_the_gradients_of_one(
     expected = _gradients(layer, _tokens().to(layer.w_gate.device))
     assert sorted(actual) == sorted(expected) == ["w_down", "w_gate", "w_up"]
     for name, wanted in expected.items():
-        assert torch.allclose(actual[name], wanted.cpu(), rtol=1e-4, atol=1e-6), name
+        error = (actual[name] - wanted.cpu()).norm() / wanted.norm()
+        assert float(error) < 1e-6, name  # float32 sums in another order

@@ -213,15 +213,17 @@ def test_tilings_do_not_matter(tiling: Tiling, device: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rule", "packed", "limit"), [("topk", True, 192), ("topk", False, 96), ("topk_abs", False, 48)]
+    ("rule", "packed", "limit"), [("topk:0.1", True, 192), ("topk:0.1", False, 96), ("topk_abs:0.1", False, 48)]
 )
 def test_held_rows_fit_registers(rule: str, packed: bool, limit: int) -> None:
-    """A longer row gets more warps, as few as hold it."""
+    """A longer row gets more warps, enough to hold it."""
+    warps = []
     for d_ffn in (200, 1408, 5504, 11008, 24576):
-        num_warps = select_tiling(d_ffn, rule, packed).num_warps
-        assert d_ffn <= 32 * num_warps * limit
-        assert num_warps == 1 or d_ffn > 32 * num_warps // 2 * limit
-    assert select_tiling(24576, "nm", packed).num_warps == 1
+        warps.append(select_tiling(d_ffn, parse_selection(rule), packed).num_warps)
+        assert d_ffn <= 32 * warps[-1] * limit
+    assert warps[0] == 1
+    assert warps == sorted(warps)
+    assert select_tiling(24576, parse_selection("nm:2:8"), packed).num_warps == 1
 
 
 def expand(kept: Kept, dz: Tensor, width: int, tiling: Tiling) -> tuple[Tensor, Tensor, Tensor]:

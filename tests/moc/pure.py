@@ -2,6 +2,7 @@
 Triton's are tested in tests/kernels, interpreted where there is no GPU."""
 
 from moc import METHODS, FfnShape, parse_selection
+from moc.int8 import Int8FFN
 from moc.triton_layers import TritonMoCFFN
 
 _RULE = parse_selection("topk:0.25")
@@ -9,5 +10,6 @@ _RULE = parse_selection("topk:0.25")
 PURE = [
     name
     for name, method in METHODS.items()
-    if method.requires is None and not isinstance(method.make(FfnShape(8, 32), _RULE), TritonMoCFFN)
+    if method.requires is None
+    and not isinstance(method.make(FfnShape(8, 32), _RULE), (TritonMoCFFN, Int8FFN))
 ]

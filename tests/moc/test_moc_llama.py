@@ -4,8 +4,8 @@ from itertools import pairwise
 
 import pytest
 import torch
-from pure import PURE
 import torch.nn.functional as F
+from pure import PURE
 from torch import Tensor, nn
 from transformers import LlamaConfig as HfConfig
 from transformers import LlamaForCausalLM

@@ -27,8 +27,8 @@ def test_registry_of_the_first_release() -> None:
     for name, method in METHODS.items():
         assert get_method(name) is method
         assert method.name == name
-        # dense_fp8 rounds its gradients, so it is no exact baseline
-        assert method.is_dense == (name.startswith("dense") and name != "dense_fp8")
+        # dense_fp8 rounds its gradients and dense_int8 its weights, so they are no exact baselines
+        assert method.is_dense == (name.startswith("dense") and name not in ("dense_fp8", "dense_int8"))
         assert method.takes_selection == (not name.startswith("dense"))
 
 
@@ -43,11 +43,13 @@ def test_state_dicts_are_interchangeable() -> None:
 
 
 def test_only_cuda_compiles() -> None:
-    """Nothing is compiled on a CPU; on CUDA all but eager dense, with or without Liger's kernel, is."""
+    """Nothing is compiled on a CPU; on CUDA all but eager dense, Liger's kernel and int8 weights is."""
     assert not any(method.compiles_on("cpu") for method in METHODS.values())
     assert [name for name, method in METHODS.items() if not method.compiles_on("cuda")] == [
         "dense",
         "dense_liger",
+        "dense_int8",
+        "moc_int8",
     ]
 
 

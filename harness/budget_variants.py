@@ -1,0 +1,137 @@
+"""Part `variants` of the budget: how often a sweep compiles.
+
+A Triton kernel is compiled anew for every combination of its constants and of what Triton specialises its
+arguments on; torch.compile breaks a graph where it cannot see through. Every method of the registry runs at
+many numbers of tokens and of kept channels, as a sweep would, and what would be compiled is counted. Nothing
+is compiled or launched: Triton asks a hook before it compiles, and the hook says no. What the kernels would
+have written is whatever was in memory, so no number that is computed here means anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import pkgutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+import moc
+from harness.budget import Fact, Facts
+from harness.measure.ffn import DTYPES, natural_tensors
+from moc.config import FfnShape
+from moc.methods import METHODS, Method
+from moc.selection import parse_selection
+
+CAPABILITY = 90
+SHAPE = FfnShape(16, 320)
+TOKENS = (1, 2, 7, 16, 127, 128, 300)
+FRACTIONS = (0.125, 0.1875, 0.25, 0.5)
+RULE = "topk:0.1875"
+_REFUSALS = {"_check", "_check_tensors"}  # what in `moc` refuses tensors that are not on a GPU
+
+
+def collect() -> Facts:
+    """Compiled variants of each kernel over a sweep, and graphs of each method that is compiled."""
+    return {"variants": {**dict(_kernels()), **dict(_graphs())}}
+
+
+def _kernels() -> Iterator[tuple[str, Fact]]:
+    for method in METHODS.values():
+        if method.requires is not None:
+            continue
+        with _pretended_gpu() as asked:
+            for dtype in sorted(method.dtypes & set(DTYPES)):
+                asked.clear()
+                for tokens in TOKENS:
+                    _run(method, RULE, tokens, dtype)
+                for kernel, count in _by_kernel(asked):
+                    yield f"{method.name} {dtype}: {kernel} over {len(TOKENS)} numbers of tokens", count
+            if method.takes_selection:
+                asked.clear()
+                for fraction in FRACTIONS:
+                    _run(method, f"topk:{fraction:g}", 16, "bf16")
+                for kernel, count in _by_kernel(asked):
+                    yield f"{method.name} bf16: {kernel} over {len(FRACTIONS)} K", count
+
+
+def _run(method: Method, rule: str, tokens: int, dtype: str) -> None:
+    """A training step, as far as the method has one, and a decoding step."""
+    selection = parse_selection(rule) if method.takes_selection else None
+    layer = method.make(SHAPE, selection).to(DTYPES[dtype])
+    tensors = natural_tensors(SHAPE, tokens, DTYPES[dtype], torch.device("cpu"), seed=0)
+    if method.backward:
+        layer(tensors.x.requires_grad_()).backward(tensors.dy)
+    if method.decode:
+        with torch.no_grad():
+            layer(tensors.x.detach())
+
+
+def _by_kernel(asked: Sequence[tuple[str, str]]) -> list[tuple[str, int]]:
+    return sorted(Counter(kernel for kernel, _key in set(asked)).items())
+
+
+def _graphs() -> Iterator[tuple[str, Fact]]:
+    """Of one training forward: more than one graph means that the compiler lost sight."""
+    for method in METHODS.values():
+        if not method.compile or method.requires is not None or not method.backward:
+            continue
+        selection = parse_selection(RULE) if method.takes_selection else None
+        layer = method.make(SHAPE, selection)
+        x = torch.randn(16, SHAPE.d_model, requires_grad=True)
+        torch._dynamo.reset()
+        with _pretended_gpu():
+            found = torch._dynamo.explain(layer)(x)
+        yield f"{method.name}: graphs of a forward pass", found.graph_count
+
+
+@contextlib.contextmanager
+def _pretended_gpu() -> Iterator[list[tuple[str, str]]]:
+    """Kernels are launched on CPU tensors as if they were on a GPU; gives each launch's (kernel, variant)."""
+    asked: list[tuple[str, str]] = []
+
+    def refuse(*, key: str, fn: Any, **_: Any) -> bool:
+        asked.append((fn.name, key))
+        return True  # as if another had compiled it
+
+    triton.runtime.driver.set_active(_Driver())
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(triton.knobs.runtime.scope())
+        triton.knobs.runtime.jit_cache_hook = refuse
+        patch = stack.enter_context
+        capability = divmod(CAPABILITY, 10)
+        patch(mock.patch.object(torch.cuda, "get_device_capability", return_value=capability))
+        for module in _modules_of_moc():
+            for name in _REFUSALS & set(vars(module)):
+                patch(mock.patch.object(module, name))
+        yield asked
+
+
+class _Driver:
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", CAPABILITY, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _device: int) -> int:
+        return 0
+
+
+def _modules_of_moc() -> Iterator[ModuleType]:
+    for info in pkgutil.iter_modules(moc.__path__, "moc."):
+        yield importlib.import_module(info.name)
+    kernels = importlib.import_module("moc.kernels")
+    for info in pkgutil.iter_modules(kernels.__path__, "moc.kernels."):
+        yield importlib.import_module(info.name)
+
+
+if __name__ == "__main__":
+    print(json.dumps(collect()))

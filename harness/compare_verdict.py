@@ -1,0 +1,132 @@
+"""SAME, FAST, SLOW or AMBG: what a ratio with its interval says about a change of the code.
+
+A change is told from `told` on (3 % on a GPU). The whole interval has to lie beyond *half* of that to be
+called: a change of exactly 3 % has an interval around 3 %, half of which lies below, so a limit of 3 % would
+miss it every other time, while no change at all has an interval around 0. With the limit in the middle both
+are as far from a wrong verdict. The interval is narrow enough for that, see `Rule.rel_ci`.
+
+SLOW also needs a difference above the grain of the clock, and it needs to come out twice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.stats
+from numpy.typing import ArrayLike, NDArray
+
+from harness.measure.stats import CONFIDENCE, MIN_SAMPLES, RESAMPLES, Estimate, Verdict
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What is worth telling on a kind of device."""
+
+    told: float  # a change of time of this share is told
+    floor_ms: float  # a difference below it is not told, however sure: it is within the clock's grain
+
+    @property
+    def limit(self) -> float:
+        """The share beyond which the whole interval has to lie."""
+        return self.told / 2
+
+    @property
+    def rel_ci(self) -> float:
+        """Half-width of the interval at which measuring stops: three of them are the way to the limit."""
+        return self.limit / 3
+
+
+# A CUDA event counts in 0.5 us. On the CPU, wall clock on a machine that does other things too.
+RULES = {"cuda": Rule(0.03, 0.001), "cpu": Rule(0.10, 0.02)}
+
+
+@dataclass(frozen=True)
+class Change:
+    """By how much head takes longer than base: 0.03 is 3 % slower. Unknown ends are NaN."""
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, speedup: Estimate) -> Change:
+        """From the speed-up of head over base, as `harness.measure.stats.paired_ratio` gives it."""
+        return cls(1 / speedup.value - 1, 1 / speedup.ci_high - 1, 1 / speedup.ci_low - 1)
+
+    def __str__(self) -> str:
+        if not math.isfinite(self.low + self.high):
+            return f"{100 * self.value:+.1f} %"
+        return f"{100 * self.value:+.1f} % ({100 * self.low:+.1f} to {100 * self.high:+.1f})"
+
+
+def judge(change: Change, base_ms: float, rule: Rule) -> Verdict:
+    """One look at a change.
+
+    - SLOW: the whole interval lies beyond the limit, and so much of the base's time is above the floor.
+    - FAST: likewise on the other side (as a ratio: 1/(1+limit)).
+    - SAME: the whole interval lies within the limits, or everything in it is below the floor.
+    - AMBG: anything else, and where there is no interval; more samples are needed to say.
+    """
+    if not math.isfinite(change.low + change.high):
+        return "AMBG"
+    faster = 1 / (1 + rule.limit) - 1
+    if change.low > rule.limit and change.low * base_ms > rule.floor_ms:
+        return "SLOW"
+    if change.high < faster and -change.high * base_ms > rule.floor_ms:
+        return "FAST"
+    within = faster <= change.low and change.high <= rule.limit
+    small = max(abs(change.low), abs(change.high)) * base_ms <= rule.floor_ms
+    return "SAME" if within or small else "AMBG"
+
+
+def final(looks: Sequence[Verdict]) -> Verdict:
+    """The verdict of one or two looks: a first SLOW stands if the second says so too, else it is open.
+
+    Raises ValueError if a first SLOW was not looked at again.
+    """
+    if looks[0] != "SLOW":
+        return looks[0]
+    if len(looks) < 2:
+        raise ValueError("SLOW needs a second look")
+    return "SLOW" if looks[1] == "SLOW" else "AMBG"
+
+
+def unpaired_speedup(base: ArrayLike, head: ArrayLike, seed: int = 0) -> Estimate:
+    """Speed-up of head over base from samples of two runs: the ratio of medians, base over head.
+
+    The interval is a 95 % percentile bootstrap that draws from each run by itself; both ends are NaN for
+    fewer than `harness.measure.stats.MIN_SAMPLES` samples. Raises ValueError for no samples or times not
+    positive.
+    """
+    first, second = np.asarray(base, dtype=np.float64), np.asarray(head, dtype=np.float64)
+    for values in (first, second):
+        if values.ndim != 1 or values.size == 0 or not (values > 0).all():
+            raise ValueError(f"a ratio needs positive times in one dimension, got {values}")
+    value = float(np.median(first) / np.median(second))
+    count = min(first.size, second.size)
+    name = "ratio_of_medians"
+    if count < MIN_SAMPLES:
+        return Estimate(value, math.nan, math.nan, count, name)
+    if np.ptp(first) == 0 and np.ptp(second) == 0:
+        return Estimate(value, value, value, count, name)
+    interval = scipy.stats.bootstrap(
+        (first, second),
+        _ratio_of_medians,
+        n_resamples=RESAMPLES,
+        vectorized=True,
+        paired=False,
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return Estimate(value, float(interval.low), float(interval.high), count, name)
+
+
+def _ratio_of_medians(
+    first: NDArray[np.float64], second: NDArray[np.float64], axis: int = -1
+) -> NDArray[np.float64]:
+    ratio: NDArray[np.float64] = np.median(first, axis=axis) / np.median(second, axis=axis)
+    return ratio

@@ -1,0 +1,121 @@
+"""Feed-forward layers with int8 weights for decoding: one scale per channel and matrix, symmetric.
+
+Weights alone are narrow; activations and sums are as wide as ever. A channel is one row of each matrix, so
+its scale is a factor of its gate, of its up projection, or of its entry of z, and the kernels apply it there.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moc.config import FfnShape
+from moc.decode_ops import int8_decode
+from moc.layers import FfnWeights
+from moc.reference import FfnGrads, dense_forward_backward, moc_forward_backward
+from moc.selection import Selection
+
+INT8_DECODE_TOKENS = 16  # the most that the decoding kernels take
+_LARGEST = 127.0  # of the int8 numbers used: symmetric, so -128 is not
+
+
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(int8 [rows, d], float32 scales [rows]) of a weight [rows, d] of any float dtype.
+
+    scale = the row's largest magnitude / 127, and each number is rounded to the nearest multiple of it, ties
+    to even: an error of at most half a scale. A row of zeros has scale 1.
+    """
+    wide = weight.float()
+    largest = wide.abs().amax(dim=1)
+    scales = torch.where(largest > 0, largest / _LARGEST, 1.0)
+    return (wide / scales[:, None]).round_().clamp_(-_LARGEST, _LARGEST).to(torch.int8), scales
+
+
+def dequantize_rows(rows: Tensor, scales: Tensor) -> Tensor:
+    """What int8 rows [rows, d] and their scales [rows] stand for, exactly: float64 [rows, d]."""
+    return rows.double() * scales.double()[:, None]
+
+
+def dense_int8_reference(
+    x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, dy: Tensor, _selection: Selection | None
+) -> FfnGrads:
+    """The truth of `dense_int8`: `moc.reference.dense_forward_backward` of the quantised weights."""
+    w_gate, w_up, w_down = (dequantize_rows(*quantize_rows(w)) for w in (w_gate, w_up, w_down))
+    return dense_forward_backward(x, w_gate, w_up, w_down, dy)
+
+
+def moc_int8_reference(
+    x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, dy: Tensor, selection: Selection | None
+) -> FfnGrads:
+    """The truth of `moc_int8`: `moc.reference.moc_forward_backward` of the quantised weights."""
+    if selection is None:
+        raise ValueError("this method needs a selection, such as topk:0.1875")
+    w_gate, w_up, w_down = (dequantize_rows(*quantize_rows(w)) for w in (w_gate, w_up, w_down))
+    return moc_forward_backward(x, w_gate, w_up, w_down, dy, selection)
+
+
+class Int8FFN(FfnWeights):
+    """SwiGLU with int8 weights, dense or Mixture-of-Channels, without gradients.
+
+    w_gate, w_up and w_down are the parameters of every other layer; their int8 form is made from them when it
+    is first needed, and again when they have changed: `load_state_dict`, `.to()`, an assignment of data or a
+    write in place all count. torch.compile cannot see that, so there call `quantize` after the last change.
+    Up to INT8_DECODE_TOKENS tokens go through the decoding kernels; for more (a prompt) the weights are
+    widened for each call, which takes longer than GEMMs on weights that are wide.
+    """
+
+    def __init__(self, shape: FfnShape, selection: Selection | None = None) -> None:
+        super().__init__(shape)
+        if selection is not None:
+            selection.k(shape.d_ffn)  # raises here rather than in the first forward
+        self.selection = selection
+        self._rows: Tensor | None = None  # int8 [3, d_ffn, d]
+        self._scales: Tensor | None = None  # float32 [3, d_ffn]
+        self._made_from: tuple[tuple[int, int], ...] = ()
+
+    def quantize(self) -> None:
+        """Make the int8 weights from the parameters as they are now."""
+        weights = (self.w_gate, self.w_up, self.w_down)
+        with torch.no_grad():
+            pairs = [quantize_rows(weight) for weight in weights]
+            self._rows = torch.stack([rows for rows, _ in pairs])
+            self._scales = torch.stack([scales for _, scales in pairs])
+        self._made_from = self._fingerprint()
+
+    def _fingerprint(self) -> tuple[tuple[int, int], ...]:
+        # The address changes with an assignment of data, the version with a write in place.
+        return tuple((w.data_ptr(), w._version) for w in (self.w_gate, self.w_up, self.w_down))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., d_model] -> [..., d_model]. Raises ValueError for a shape or dtype that does not fit."""
+        if not torch.compiler.is_compiling() and self._made_from != self._fingerprint():
+            self.quantize()
+        if self._rows is None or self._scales is None:
+            raise ValueError("call quantize() before torch.compile: the int8 weights are not made yet")
+        if 1 <= math.prod(x.shape[:-1]) <= INT8_DECODE_TOKENS:
+            y, _overflow = int8_decode(x, self._rows, self._scales, self.selection)
+            return y
+        return self._with_wide_weights(x)
+
+    def _with_wide_weights(self, x: Tensor) -> Tensor:
+        from moc.ffn_ops import triton_moc_ffn
+
+        assert self._rows is not None
+        assert self._scales is not None
+        w_gate, w_up, w_down = (self._rows * self._scales[:, :, None]).to(x.dtype).unbind()
+        if self.selection is not None:
+            return triton_moc_ffn(x, w_gate, w_up, w_down, self.selection)[0]
+        return F.linear(F.silu(F.linear(x, w_gate)) * F.linear(x, w_up), w_down.T)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, selection={self.selection}"
+
+
+def moc_int8_ffn(shape: FfnShape, selection: Selection | None) -> Int8FFN:
+    """Factory of the method `moc_int8`. Raises ValueError without a selection."""
+    if selection is None:
+        raise ValueError("this method needs a selection, such as topk:0.1875")
+    return Int8FFN(shape, selection)

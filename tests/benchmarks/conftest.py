@@ -1,0 +1,14 @@
+"""What a file of `make bench` says about the machine: the project's own record, by which runs compare."""
+
+from typing import Any
+
+import torch
+
+from harness.compare_stored import RECORD
+from harness.measure.environment import environment_record
+
+
+def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
+    """A hook of pytest-benchmark."""
+    machine_info[RECORD] = environment_record("cuda" if torch.cuda.is_available() else "cpu")
+    machine_info["node"] = ""  # the host's name is nobody's business

@@ -1,0 +1,74 @@
+"""The benchmarks themselves: which there are, that each runs, and what `make bench` keeps of them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from harness.benchmarks import benchmarks
+from harness.budget import ROOT
+from harness.compare_sides import find_side
+from harness.compare_stored import compare_stored
+from harness.history import read_runs
+from harness.measure.timing import MODES
+
+CPU = torch.device("cpu")
+# Few rounds: what is kept is looked at, not how long it took.
+RUN_BENCH = """
+import sys, pytest
+sys.path.insert(0, "tests/benchmarks")
+import bench_all
+bench_all.SECONDS = 0.0
+options = ["-p", "no:xdist", "-q", "--benchmark-only", "--benchmark-autosave", "--benchmark-save-data"]
+sys.exit(pytest.main(["tests/benchmarks/bench_all.py", "-k", "select", *options, *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_there_is(device: str) -> None:
+    """Steps, decoding, selection and a whole model are timed on either device; a name is its benchmark's."""
+    found = benchmarks(device)
+    assert all(benchmark.name == name for name, benchmark in found.items())
+    assert all(benchmark.mode in MODES for benchmark in found.values())
+    kinds = {"-".join(name.split("-")[:2]) for name in found}
+    assert {"ffn-step", "ffn-decode", "select-topk", "select-nm", "model-step"} <= kinds
+    assert not any("=" in name or " " in name for name in found)  # NAME=SHARE has to be told apart
+
+
+def test_the_kernels_are_timed_where_they_run() -> None:
+    """On a GPU the Triton methods and their passes are timed, elsewhere what they are checked against."""
+    on_gpu, on_cpu = benchmarks("cuda"), benchmarks("cpu")
+    kernels = {"ffn-step-moc-topk", "ffn-step-moc-nm", "ffn-step-moc_fp8-topk", "expand", "ffn-decode-moc-nm"}
+    assert kernels <= set(on_gpu)
+    assert not kernels & set(on_cpu)
+    assert 8 <= len(on_gpu) <= 10  # each costs the acceptance of a change half a second thirty times
+
+
+@pytest.mark.parametrize("name", benchmarks("cpu"))
+def test_each_runs(name: str) -> None:
+    """Every benchmark of the CPU gets ready and does its work, twice, on memory of its own each time."""
+    benchmark = benchmarks("cpu")[name]
+    for contender in (benchmark.open(CPU), benchmark.open(CPU)):
+        contender.call()
+        assert contender.name == name
+        assert contender.units >= 1
+
+
+def test_make_bench_keeps_what_compare_and_history_read(tmp_path: Path) -> None:
+    """A run leaves one file by machine, with samples, environment and rates, which is the same as itself."""
+    command = [sys.executable, "-c", RUN_BENCH, f"--benchmark-storage={tmp_path}"]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
+    (path,) = tmp_path.glob("*/0001_*.json")
+    (run,) = read_runs(tmp_path)
+    assert set(run.medians_ms) == {"select-topk", "select-nm"}
+    assert all(ms > 0 for ms in run.medians_ms.values())
+    assert run.environment["torch"] == torch.__version__
+    outcomes, _environment = compare_stored(find_side(str(path)), find_side(str(path)))
+    assert {outcome.name for outcome in outcomes} == set(run.medians_ms)
+    assert all(outcome.change is not None and outcome.change.value == 0 for outcome in outcomes)
