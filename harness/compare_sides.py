@@ -3,7 +3,9 @@ of `make bench`; and whether what was measured on two machines may be compared a
 
 from __future__ import annotations
 
+import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -76,8 +78,13 @@ def find_sides(base: str, head: str) -> tuple[Side, Side]:
 
 @contextmanager
 def checked_out(base: Side, head: Side) -> Iterator[tuple[Path, Path]]:
-    """Both sides as folders; those of revisions are made in a temporary place and removed afterwards."""
+    """Both sides as folders; those of revisions are made in a temporary place and removed afterwards.
+
+    Also after an error, and when the process is told to end (SIGTERM, which a cancelled CI job gets).
+    """
     with ExitStack() as stack:
+        before = signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
+        stack.callback(signal.signal, signal.SIGTERM, before)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mocbench-checkouts-")))
         paths = []
         for place, side in (("base", base), ("head", head)):

@@ -82,16 +82,15 @@ def judge(change: Change, base_ms: float, rule: Rule) -> Verdict:
     return "SAME" if within or small else "AMBG"
 
 
-def final(looks: Sequence[Verdict]) -> Verdict:
-    """The verdict of one or two looks: a first SLOW stands if the second says so too, else it is open.
+def final(looks: Sequence[Verdict]) -> Verdict | None:
+    """The verdict of one or more looks at the same change, in order; None if another look is needed.
 
-    Raises ValueError if a first SLOW was not looked at again.
+    The last look counts, but SLOW stands only if it came out twice in a row; a SLOW that did not come out
+    again leaves it open.
     """
-    if looks[0] != "SLOW":
-        return looks[0]
-    if len(looks) < 2:
-        raise ValueError("SLOW needs a second look")
-    return "SLOW" if looks[1] == "SLOW" else "AMBG"
+    if looks[-1] == "SLOW":
+        return "SLOW" if looks[-2:-1] == ["SLOW"] else None
+    return "AMBG" if "SLOW" in looks else looks[-1]
 
 
 def unpaired_speedup(base: ArrayLike, head: ArrayLike, seed: int = 0) -> Estimate:

@@ -52,7 +52,7 @@ def _line(series: pd.DataFrame) -> dict[str, Any]:
     if len(series) < 2:
         return {}
     batches, ratios = series["batch"].tolist(), series["x_best_dense"].tolist()
-    low = series["x_best_dense_ci_low"].fillna(series["x_best_dense"]).tolist()
+    low = series["x_best_dense_ci_low"].tolist()  # too few samples for an interval are no win
     lost = next((at for at, bound in enumerate(low) if not bound > 1.0), len(batches))
     first = series.iloc[0]
     return {

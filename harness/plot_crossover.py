@@ -36,7 +36,8 @@ def crossover_plot(
         return None
     known = one_size_each(known)
     panels = [group for _, group in known.groupby(list(_PANEL), sort=False)]
-    board = Board([*(_title(panel, panels) for panel in panels), "channels a batch needs"], columns=3)
+    columns = 2 if len(panels) == 3 else 3  # of one panel more
+    board = Board([*(_title(panel, panels) for panel in panels), "channels a batch needs"], columns=columns)
     batches = sorted(set(known["batch"]))
     for axes, panel in zip(board.axes, panels, strict=False):
         _speedups(board, axes, panel)
@@ -117,11 +118,12 @@ def _message(rows: pd.DataFrame) -> str:
     parts = []
     for workload, lines in own.groupby("workload", sort=False):
         words = "one FFN" if workload == "ffn_decode" else "the whole model"
-        wins = lines["wins_to"]
-        if wins.isna().all():
+        wins = lines["wins_to"].dropna()
+        if wins.empty:
             parts.append(f"at no batch with {words}")
-        else:
-            parts.append(f"up to batch {text.span(wins.fillna(0), text.tokens)} with {words}")
+            continue
+        where = "" if len(wins) == len(lines) else f" at {len(wins)} of {len(lines)} shapes"
+        parts.append(f"up to batch {text.span(wins, text.tokens)} with {words}{where}")
     if not parts:
         return f"{label} decodes at several speeds"
     return f"{label} beats the fastest dense decoding {text.listing(parts)}"

@@ -4,10 +4,10 @@
     backward   dz = dy w_down.T    expand pass: [dg du], z
                dx = [dg du] [w_gate; w_up]    dw_gate, dw_up = [dg du].T x    dw_down = z.T dy
 
-Both work through the tokens in chunks of two sizes. What stands between a GEMM and its pass ([g u], dz) is a
-small chunk long, so that the pass finds it in the L2 cache and its own writes drain during the next GEMM.
-What feeds the GEMMs after the pass (z, [dg du]) is a large chunk long, so that they are efficient; a long
-batch has at least two of those, so that no buffer of full width d_ffn is as long as it.
+Both work through the tokens in chunks, at least two for a long batch, so that no buffer of full width d_ffn
+is as long as it: [g u] in forward, with z in the place of u, and [dg du] and z in backward, with z in the
+place of dz. Shorter chunks, which would leave [g u] in the L2 cache for the pass, cost the GEMMs more than
+they save the passes (docs/measured.md, 2026-11-26).
 
 Kept per token, x apart: K pairs (g, u) in the dtype of x and a bitmask of d_ffn / 8 bytes; with `fp8` K pairs
 in 2 bytes and two float32 scales.
@@ -15,14 +15,13 @@ in 2 bytes and two float32 scales.
 The weights are three tensors. If w_gate and w_up lie side by side in memory (`moc.triton_layers` arranges it)
 one GEMM takes both. Else forward takes two GEMMs, which moves no byte more, and backward joins them once per
 call (8 d d_ffn bytes at 16 bits). dw_gate and dw_up are views of one tensor. Weight gradients are summed over
-the large chunks in their own dtype: at most MAX_CHUNKS - 1 roundings more than in one GEMM, in bf16 0.1 %
+the chunks in their own dtype: at most MAX_CHUNKS - 1 roundings more than in one GEMM, in bf16 0.1 %
 each of what is summed so far, where a float32 sum would double the traffic.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,11 +35,9 @@ from moc.selection import Selection, parse_selection
 if TYPE_CHECKING:
     from moc.kernels.between import Kept
 
-# Bytes that a GEMM leaves for its pass, and of one [tokens, d_ffn] that the passes leave for the GEMMs.
-SMALL_CHUNK_BYTES = 96 << 20
-LARGE_CHUNK_BYTES = 192 << 20
-MIN_CHUNKS, MAX_CHUNKS = 2, 8  # large ones, of a batch longer than
-LONG_BATCH = 4096  # tokens; a shorter one is a single large chunk
+CHUNK_BYTES = 192 << 20  # of one [tokens, d_ffn]
+MIN_CHUNKS, MAX_CHUNKS = 2, 8  # of a batch longer than
+LONG_BATCH = 4096  # tokens; a shorter one is a single chunk
 CHUNK_MULTIPLE = 128  # tokens: a whole number of a GEMM's tiles
 _ALIGN = 64  # channels: rows start at multiples of 128 bytes, which cuBLAS's fast path and wide accesses want
 
@@ -66,38 +63,17 @@ def triton_moc_ffn(
     return y, overflow
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """A large chunk of tokens and the small ones it consists of."""
-
-    start: int
-    stop: int
-    small: list[tuple[int, int]]  # (start, stop), in tokens of the whole batch
-
-
-def plan(n_tokens: int, large_bytes: int, small_bytes: int) -> list[Chunk]:
-    """The chunks of a batch, given the bytes per token that LARGE_ and SMALL_CHUNK_BYTES are about."""
-    large = 1
+def chunks_of(n_tokens: int, token_bytes: int) -> list[slice]:
+    """The chunks of a batch, given the bytes of one token's [d_ffn]."""
+    count = 1
     if n_tokens > LONG_BATCH:
-        large = min(MAX_CHUNKS, max(MIN_CHUNKS, round(n_tokens * large_bytes / LARGE_CHUNK_BYTES)))
-    return [
-        Chunk(start, stop, split(start, stop, round((stop - start) * small_bytes / SMALL_CHUNK_BYTES)))
-        for start, stop in split(0, n_tokens, large)
-    ]
+        count = min(MAX_CHUNKS, max(MIN_CHUNKS, round(n_tokens * token_bytes / CHUNK_BYTES)))
+    length = -(-n_tokens // (count * CHUNK_MULTIPLE)) * CHUNK_MULTIPLE  # equal but for the last
+    return [slice(start, min(start + length, n_tokens)) for start in range(0, n_tokens, max(1, length))]
 
 
-def split(start: int, stop: int, count: int) -> list[tuple[int, int]]:
-    """At most `count` ranges from start to stop, equal multiples of CHUNK_MULTIPLE but for the last."""
-    length = -(-(stop - start) // (max(1, count) * CHUNK_MULTIPLE)) * CHUNK_MULTIPLE
-    return [(first, min(first + length, stop)) for first in range(start, stop, max(1, length))]
-
-
-def _longest(chunks: list[Chunk]) -> tuple[int, int]:
-    """Tokens of the longest large chunk and of the longest small one."""
-    return (
-        max((chunk.stop - chunk.start for chunk in chunks), default=0),
-        max((stop - start for chunk in chunks for start, stop in chunk.small), default=0),
-    )
+def _longest(chunks: list[slice]) -> int:
+    return max((chunk.stop - chunk.start for chunk in chunks), default=0)
 
 
 def _padded(d_ffn: int) -> int:
@@ -118,24 +94,20 @@ def _forward(
     width, size = _padded(d_ffn), x.element_size()
     kept = _kept(pairs, scales, bitmask) if keep else None
     joined = _side_by_side(w_gate, w_up)
-    chunks = plan(x.shape[0], width * size, 2 * width * size)
-    large, small = _longest(chunks)
-    z_buffer, gu_buffer = x.new_empty(large, width), x.new_empty(small, 2 * width)
-    z_buffer[:, d_ffn:] = 0  # oneDNN's bf16 GEMM reads a column too many, and NaN * 0 is NaN
+    chunks = chunks_of(x.shape[0], width * size)
+    buffer = x.new_empty(_longest(chunks), 2 * width)
+    buffer[:, width + d_ffn :] = 0  # oneDNN's bf16 GEMM reads a column too many, and NaN * 0 is NaN
     with torch.autocast(x.device.type, enabled=False):
         for chunk in chunks:
-            z = z_buffer[: chunk.stop - chunk.start, :d_ffn]
-            for start, stop in chunk.small:
-                gu = gu_buffer[: stop - start]
-                g, u = gu[:, :d_ffn], gu[:, width : width + d_ffn]
-                if joined is not None:
-                    torch.mm(x[start:stop], joined.T, out=gu)
-                else:
-                    torch.mm(x[start:stop], w_gate.T, out=g)
-                    torch.mm(x[start:stop], w_up.T, out=u)
-                rows = slice(start - chunk.start, stop - chunk.start)
-                select_pass(g, u, z[rows], rule, kept.rows(start, stop) if kept else None, overflow)
-            torch.mm(z, w_down, out=flat_y[chunk.start : chunk.stop])
+            gu = buffer[: chunk.stop - chunk.start]
+            g, u = gu[:, :d_ffn], gu[:, width : width + d_ffn]
+            if joined is not None:
+                torch.mm(x[chunk], joined.T, out=gu)
+            else:
+                torch.mm(x[chunk], w_gate.T, out=g)
+                torch.mm(x[chunk], w_up.T, out=u)
+            select_pass(g, u, u, rule, kept.rows(chunk) if kept else None, overflow)
+            torch.mm(u, w_down, out=flat_y[chunk])  # u is z now
     return y, pairs, scales, bitmask, overflow
 
 
@@ -211,28 +183,23 @@ def _backward(
     n_tokens, width, size = x.shape[0], _padded(d_ffn), x.element_size()
     kept = _kept(pairs, scales, bitmask)
     w_gu, dw_joined = _joined(w_gate, w_up), dw_gu.flatten(0, 1)
-    chunks = plan(n_tokens, width * size, width * size)
-    large, small = _longest(chunks)
-    dgu_buffer, z_buffer = x.new_empty(large, 2 * width), x.new_empty(large, width)
-    dz_buffer = x.new_empty(small, width)
+    chunks = chunks_of(n_tokens, width * size)
+    dgu_buffer, z_buffer = x.new_empty(_longest(chunks), 2 * width), x.new_empty(_longest(chunks), width)
     if n_tokens == 0:
         dw_gu.zero_()
         dw_down.zero_()
     with torch.autocast(x.device.type, enabled=False):
         for chunk in chunks:
-            tokens = slice(chunk.start, chunk.stop)
             dgu, z = dgu_buffer[: chunk.stop - chunk.start], z_buffer[: chunk.stop - chunk.start]
-            for start, stop in chunk.small:
-                dz, rows = dz_buffer[: stop - start, :d_ffn], slice(start - chunk.start, stop - chunk.start)
-                torch.mm(dy[start:stop], w_down.T, out=dz)
-                expand_pass(dz, kept.rows(start, stop), dgu[rows, :width], dgu[rows, width:], z[rows])
-            torch.mm(dgu, w_gu, out=flat_dx[tokens])
+            torch.mm(dy[chunk], w_down.T, out=z[:, :d_ffn])  # dz, in whose place z comes
+            expand_pass(z[:, :d_ffn], kept.rows(chunk), dgu[:, :width], dgu[:, width:], z)
+            torch.mm(dgu, w_gu, out=flat_dx[chunk])
             if chunk.start == 0:
-                torch.mm(dgu.T, x[tokens], out=dw_joined)
-                torch.mm(z[:, :d_ffn].T, dy[tokens], out=dw_down)
+                torch.mm(dgu.T, x[chunk], out=dw_joined)
+                torch.mm(z[:, :d_ffn].T, dy[chunk], out=dw_down)
             else:
-                dw_joined.addmm_(dgu.T, x[tokens])
-                dw_down.addmm_(z[:, :d_ffn].T, dy[tokens])
+                dw_joined.addmm_(dgu.T, x[chunk])
+                dw_down.addmm_(z[:, :d_ffn].T, dy[chunk])
     return dx, dw_gu, dw_down
 
 

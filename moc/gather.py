@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_BYTES = 1 << 20  # of rows copied at a time
-MOST_TOKENS = 1
-LEAST_BYTES = 4 << 20  # of w_up
-LARGEST_SHARE = 0.4  # of the channels, kept by all tokens together if no two choose the same
+CHUNK_BYTES = 2 << 20  # of rows copied at a time
+# Where it is faster than computing all channels; measured on two cores of an AMD EPYC, one thread, fp32 and
+# bf16, 2026-11-26, see docs/measured.md.
+MOST_TOKENS = 8
+LEAST_BYTES = 5 << 18  # of w_up per token: below, the calls cost more than the reading
+LARGEST_SHARE = 1 / 3  # of the channels, kept by one token
 
 
 def pays(x: Tensor, w_up: Tensor, k: int) -> bool:
@@ -22,7 +24,7 @@ def pays(x: Tensor, w_up: Tensor, k: int) -> bool:
     tokens, d_ffn = len(x), len(w_up)
     if x.device.type != "cpu" or not 1 <= tokens <= MOST_TOKENS:
         return False
-    return w_up.nbytes >= LEAST_BYTES and tokens * k <= LARGEST_SHARE * d_ffn
+    return w_up.nbytes >= LEAST_BYTES * tokens and k <= LARGEST_SHARE * d_ffn
 
 
 def kept_rows_output(x: Tensor, g: Tensor, mask: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:

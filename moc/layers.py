@@ -95,9 +95,10 @@ class DenseGuFFN(FfnWeights):
 class MoCFFN(FfnWeights):
     """Mixture-of-Channels SwiGLU that keeps x, compact g and u and a bitmask; see `moc.ops.moc_ffn`.
 
-    With a `threshold` rule the buffer `overflow_count` (int64, not in the state dict) adds up the channels
-    that the cap left out, over all forward calls, those repeated by activation checkpointing included; zero
-    it to start anew. Raises ValueError if K exceeds d_ffn.
+    A few tokens on a CPU, without gradients, read only the rows of w_up and w_down that they keep; see
+    `moc.gather`. With a `threshold` rule the buffer `overflow_count` (int64, not in the state dict) adds up
+    the channels that the cap left out, over all forward calls, those repeated by activation checkpointing
+    included; zero it to start anew. Raises ValueError if K exceeds d_ffn.
     """
 
     overflow_count: Tensor

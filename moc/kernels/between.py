@@ -61,10 +61,10 @@ class Kept:
     bitmask: Tensor
     scales: Tensor | None = None
 
-    def rows(self, start: int, stop: int) -> Kept:
-        """Those of tokens start to stop, as views."""
-        scales = None if self.scales is None else self.scales[start:stop]
-        return Kept(self.pairs[start:stop], self.bitmask[start:stop], scales)
+    def rows(self, tokens: slice) -> Kept:
+        """Those of some tokens, as views."""
+        scales = None if self.scales is None else self.scales[tokens]
+        return Kept(self.pairs[tokens], self.bitmask[tokens], scales)
 
 
 @dataclass(frozen=True)

@@ -1,30 +1,24 @@
-"""What the kernels compile to, found without a GPU, and whether that is within the committed budget.
+"""What the kernels compile to, found without a GPU.
 
-    python -m moc.kernels.budget            the table, and what exceeds budget.json (exit code 1)
-    python -m moc.kernels.budget --update   raise the limits in budget.json that are exceeded
+    python -m moc.kernels.budget    the table
 
 For sm_80 and sm_90 each kernel at its tuned shapes is compiled as a launch would, and the machine code is
 read with the tools that come with Triton: registers per thread, bytes of spilled registers per thread, bytes
-of shared memory, tensor-core instructions. budget.json holds limits for the oldest and the newest Triton in
-use, so update it with both; registers are rounded up to 8, the unit in which they are allocated.
+of shared memory, instructions, tensor-core instructions. What they should be is in the budget.json of the
+repository, by version of Triton: `make bench-check` compares, `make bench-update` accepts.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-BUDGET = Path(__file__).with_name("budget.json")
 
 
 @dataclass(frozen=True)
@@ -217,66 +211,14 @@ def measure_all(processes: int = 2) -> dict[str, dict[str, int]]:
         return {variant.name(capability): row for (variant, capability), row in zip(WORK, rows, strict=True)}
 
 
-def excesses(rows: dict[str, dict[str, int]], budget: dict[str, dict[str, int]]) -> list[str]:
-    """One line for each number above its limit and for each variant without limits."""
-    lines = [f"{name}: not in {BUDGET.name}; run with --update" for name in rows if name not in budget]
-    for name, limits in budget.items():
-        for key, limit in limits.items():
-            found = rows.get(name, {}).get(key)
-            if found is None:
-                lines.append(f"{name}: {key} has a limit but was not measured")
-            elif found > limit:
-                lines.append(f"{name}: {key} {found} exceeds {limit}")
-    return lines
-
-
-def raised(budget: dict[str, dict[str, int]], rows: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
-    """The budget with every limit that a row exceeds raised; variants that are gone are dropped."""
-    new = {}
-    for name, measured in rows.items():
-        # Versions differ in their number: the budget.json of the repository holds it by version.
-        row = {key: value for key, value in measured.items() if key != "instructions"}
-        rounded = {**row, "registers": min(255, -(-row["registers"] // 8) * 8)}
-        new[name] = {key: max(value, budget.get(name, {}).get(key, 0)) for key, value in rounded.items()}
-    return new
-
-
-def in_subprocess() -> dict[str, dict[str, int]]:
-    """`measure_all` in a fresh interpreter, for a process in which the kernels are interpreted."""
-    command = [sys.executable, "-m", "moc.kernels.budget", "--json"]
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
-    rows: dict[str, dict[str, int]] = json.loads(done.stdout)
-    return rows
-
-
-def main() -> int:
-    """Print the table; 1 if the budget is exceeded."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--update", action="store_true", help="write the budget file")
-    parser.add_argument("--json", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.json:
-        print(json.dumps(measure_all()))
-        return 0
-    rows = in_subprocess()
-    if options.update:
-        old = json.loads(BUDGET.read_text()) if BUDGET.exists() else {}
-        BUDGET.write_text(json.dumps(raised(old, rows), indent=1) + "\n")
-    print(f"{'kernel':44} {'registers':>9} {'spilled B':>9} {'shared B':>9} {'tensor core':>11}")
-    for name, row in rows.items():
-        print(
-            f"{name:44} {row['registers']:9} {row['spill_bytes']:9} {row['shared_bytes']:9}"
-            f" {row['tensor_core_instructions']:11}"
-        )
-    problems = excesses(rows, json.loads(BUDGET.read_text()))
-    print("\n".join(problems))
-    return int(bool(problems))
+def main() -> None:
+    """Print the table."""
+    os.environ["TRITON_INTERPRET"] = "0"  # the kernels are loaded after this, in processes of their own
+    columns = ("registers", "spill_bytes", "shared_bytes", "instructions", "tensor_core_instructions")
+    print(f"{'kernel':44}" + "".join(f" {name:>12.12}" for name in columns))
+    for name, row in measure_all().items():
+        print(f"{name:44}" + "".join(f" {row[column]:12}" for column in columns))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -12,8 +12,11 @@ channels  a block of channels: its gates (computed here, or read), which of them
 down      y = z w_down, over the rows with a z. A column block is split over programs; the last of them to
           finish adds the parts in a fixed order.
 
-`decode_launch.py` says which of them make up a layer. A kernel that waits for another may ask for its weights
-before (PREFETCH), and begin while the other runs out (PDL).
+clear     zeros for the sums of `channels`, where no other kernel comes before it.
+
+`decode_launch.py` says which of them make up a layer. The first of a layer is launched as usual, when all
+before it is done; with PDL the others are launched while the one before still runs, and wait where they need
+what it writes.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-redef"
@@ -43,6 +46,14 @@ from moc.kernels.selection import NM, THRESHOLD, row_threshold, score_of
 ALL = tl.constexpr(4)  # beside the rules of selection.py: every channel, the dense network
 
 
+@jit(do_not_specialize=["n_zeros"])
+def decode_clear_kernel(zeros_ptr, n_zeros, PDL: tl.constexpr):
+    """Zeros [n_zeros] int32."""
+    if PDL:
+        gdc_launch_dependents()
+    clear(zeros_ptr, n_zeros, 1024)
+
+
 @jit(do_not_specialize=["T", "F", "n_zeros"])
 def decode_gate_kernel(
     x_ptr,  # [T, D]
@@ -62,7 +73,6 @@ def decode_gate_kernel(
     EVEN: tl.constexpr,
     STAGES: tl.constexpr,
     UNROLL: tl.constexpr,
-    PREFETCH: tl.constexpr,
     PDL: tl.constexpr,
     ASM: tl.constexpr,
 ):
@@ -70,9 +80,6 @@ def decode_gate_kernel(
         gdc_launch_dependents()
     b_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     b_inside = b_row < F
-    if PREFETCH and ASM:
-        prefetch(gate_ptr, b_row, b_inside, D, gate_ptr.dtype.element_ty.primitive_bitwidth // 8, PREFETCH)
-    wait(PDL)
     clear(zeros_ptr, n_zeros, 256)
     tl.store(overflow_ptr, tl.full((), 0, tl.int64), tl.program_id(0) == 0)
     b_gate = product(x_ptr, gate_ptr, b_row, b_inside, T, D, TOKENS, ROWS, COLUMNS, EVEN, STAGES, UNROLL, ASM)
@@ -156,7 +163,7 @@ def decode_channels_kernel(
     EVEN: tl.constexpr,
     STAGES: tl.constexpr,
     UNROLL: tl.constexpr,
-    PREFETCH: tl.constexpr,
+    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
     ASM: tl.constexpr,
 ):
@@ -171,17 +178,13 @@ def decode_channels_kernel(
     b_channel = b_channel.to(tl.int64)
     b_token = tl.arange(0, TOKENS)
     if g_ptr is None:
-        if PREFETCH and ASM:
-            BYTES: tl.constexpr = gate_ptr.dtype.element_ty.primitive_bitwidth // 8
-            prefetch(gate_ptr, b_channel, b_inside, D, BYTES, PREFETCH)
-            if RULE == ALL:
-                prefetch(up_ptr, b_channel, b_inside, D, BYTES, PREFETCH)
-        wait(PDL)
         b_gate = product(
             x_ptr, gate_ptr, b_channel, b_inside, T, D, TOKENS, CHANNELS, COLUMNS, EVEN, STAGES, UNROLL, ASM
         )
         if gate_scale_ptr is not None:
             b_gate *= tl.load(gate_scale_ptr + b_channel, b_inside, 0.0)[None, :]
+        if z_ptr is None:
+            wait(PDL)  # for zeros
     else:
         wait(PDL)
         b_there = (b_token < T)[:, None] & b_inside[None, :]
@@ -245,6 +248,10 @@ def decode_channels_kernel(
                 b_stored = b_inside
                 b_row = b_channel
                 b_chosen = b_gate
+            if AHEAD and ASM:
+                prefetch(up_ptr, b_row, b_used, D, AHEAD)
+                if z_ptr is None:
+                    prefetch(down_ptr, b_row, b_used, D, AHEAD)
             b_up = product(
                 x_ptr, up_ptr, b_row, b_used, T, D, TOKENS, SLOTS, UP_COLUMNS, EVEN, STAGES, UNROLL, ASM
             )

@@ -2,7 +2,7 @@
 
 A layer is the channels kernel, with up to three others around it, as its `DecodeTiling` says:
 
-    gate None, down None     channels                  needs a rule that is local, `nm`; float atomics
+    gate None, down None     clear, channels           needs a rule that is local, `nm`; float atomics
     gate None, down          channels, down            `nm` and dense; the same sum in every run
     gate, down None          gate[, cut], channels     any rule; float atomics
     gate, down               gate[, cut], channels, down
@@ -22,6 +22,7 @@ from torch import Tensor
 from moc.kernels.decode import (
     ALL,
     decode_channels_kernel,
+    decode_clear_kernel,
     decode_cut_kernel,
     decode_down_kernel,
     decode_gate_kernel,
@@ -73,9 +74,9 @@ class DecodeTiling:
     gate: Tile | None = None
     down: DownTile | None = None
     cut_apart: bool = False
-    prefetch: int = 0  # columns of a program's rows of w_gate that it asks for at once, before anything else
+    ahead: bool = False  # ask for whole kept rows of w_up and w_down as soon as it is known which they are
     registers: int = 0  # the most a thread of the channels kernel may have; 0: the compiler decides
-    pdl: bool = False  # programmatic dependent launch: begin while the kernel before is running out
+    pdl: bool = False  # programmatic dependent launch: begin while the layer's kernel before is running out
 
     @property
     def deterministic(self) -> bool:

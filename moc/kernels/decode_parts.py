@@ -17,15 +17,19 @@ _LEAST = tl.constexpr(-(1 << 31))
 
 
 @jit
-def prefetch(w_ptr, b_row, b_inside, D, BYTES: tl.constexpr, COLUMNS: tl.constexpr):
-    """Ask for the first COLUMNS columns of rows of w to be brought into the L2 cache."""
-    LINE: tl.constexpr = 128 // BYTES
-    b_line = tl.arange(0, COLUMNS // LINE) * LINE
-    b_address = (w_ptr + b_row[:, None] * D + b_line[None, :]).to(tl.int64)
-    b_wanted = (b_inside[:, None] & (b_line < D)[None, :]).to(tl.int32)
+def prefetch(w_ptr, b_row, b_used, D, PIECES: tl.constexpr):
+    """Ask for rows of w to be brought into the L2 cache, each in PIECES requests.
+
+    Rows times PIECES should be the threads of the program: with fewer, several would ask for the same.
+    """
+    BYTES: tl.constexpr = w_ptr.dtype.element_ty.primitive_bitwidth // 8
+    size = tl.cdiv(D * BYTES, PIECES * 16) * 16
+    b_start = tl.arange(0, PIECES) * size
+    b_size = (tl.minimum(size, D * BYTES - b_start) & -16)[None, :] * b_used.to(tl.int32)[:, None]
+    b_address = ((w_ptr + b_row * D).to(tl.int64)[:, None] + b_start[None, :]) & -16
     tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
-        "=r,l,r", [b_address, b_wanted], dtype=tl.int32, is_pure=False, pack=1,
+        "{ .reg .pred p; setp.gt.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0; }",
+        "=r,l,r", [b_address, b_size], dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
 

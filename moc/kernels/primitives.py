@@ -169,10 +169,7 @@ def store_pairs(pairs_ptr, base, offset, first, second, mask, ONE_PER_LANE: tl.c
         tl.store(b_ptr + 1, second, mask=mask)
     else:
         WIDE: tl.constexpr = tl.int32 if BITS == 16 else tl.int16
-        if BITS == 8:
-            b_pair = pair_fp8(first, second, ASM)
-        else:
-            b_pair = _pair_bits(first, second)
+        b_pair = pair_fp8(first, second, ASM) if BITS == 8 else _pair_bits(first, second)
         if ONE_PER_LANE or not ASM:
             # Not that they are contiguous; the hint only says along which dimension lanes run.
             b_place = tl.max_contiguous(base + offset, (1, 2))

@@ -52,7 +52,7 @@ SHAPES = {  # tokens, d, d_ffn
     "7b": (16384, 4096, 11008),
 }
 RULES = ("topk:0.1875", "nm:2:8", "nm:12:64")
-SMALL_MB, LARGE_MB = (12, 24, 34, 48, 96), (96, 192, 4096)  # the last: one large chunk
+CHUNK_MB = (32, 64, 96, 192, 4096)  # the last: one chunk
 FUSED_TILINGS = (
     GemmTiling(),
     GemmTiling(num_stages=4),
@@ -92,7 +92,9 @@ def candidates(d_ffn: int) -> Iterator[Candidate]:
             if today.num_warps > 1:
                 tilings.append(replace(today, num_warps=today.num_warps // 2, rows=today.rows // 2))
         yield from (Candidate("select", rule, d_ffn, tiling) for tiling in dict.fromkeys(tilings))
-    yield Candidate("select", RULES[0], d_ffn, select_tiling(d_ffn, parse_selection(RULES[0]), True), fp8=True)
+    yield Candidate(
+        "select", RULES[0], d_ffn, select_tiling(d_ffn, parse_selection(RULES[0]), True), fp8=True
+    )
     tilings = [EXPAND_TILING]
     for warps, rows, one_per_lane in itertools.product((1, 2, 4), (8, 16), (False, True)):
         tilings.append(Tiling(warps, rows * warps, 8, one_per_lane))
@@ -236,7 +238,9 @@ def gemms(n_tokens: int, d: int, d_ffn: int) -> dict[str, float]:
 
 def fused(n_tokens: int, d: int, d_ffn: int) -> Iterator[dict[str, Any]]:
     """Milliseconds of selection in the epilogue of the gate-up GEMM, `nm:2:8`, and how right it is."""
-    candidate = Candidate("select", "nm:2:8", d_ffn, select_tiling(d_ffn, parse_selection("nm:2:8"), packed=True))
+    candidate = Candidate(
+        "select", "nm:2:8", d_ffn, select_tiling(d_ffn, parse_selection("nm:2:8"), packed=True)
+    )
     rows, right = Rows(candidate, n_tokens), Rows(candidate, n_tokens)
     x = torch.randn(n_tokens, d, device=DEVICE, dtype=DTYPE)
     w_gate, w_up = (torch.randn(d_ffn, d, device=DEVICE, dtype=DTYPE) / d**0.5 for _ in range(2))
@@ -288,13 +292,11 @@ def steps(name: str, rule: str, select: Tiling, expand: Tiling) -> Iterator[dict
     passes = between.select_pass, between.expand_pass
     tuned = functools.partial(passes[0], tiling=select), functools.partial(passes[1], tiling=expand)
     nothing: tuple[Callable[..., None], ...] = (lambda *_: None,) * 2
-    kept = ffn_ops.SMALL_CHUNK_BYTES, ffn_ops.LARGE_CHUNK_BYTES, ffn_ops.MIN_CHUNKS
+    kept = ffn_ops.CHUNK_BYTES, ffn_ops.MIN_CHUNKS
     try:
-        for small, large in itertools.product(SMALL_MB, LARGE_MB):
-            ffn_ops.SMALL_CHUNK_BYTES, ffn_ops.LARGE_CHUNK_BYTES = small << 20, large << 20
-            ffn_ops.MIN_CHUNKS = 1
-            row: dict[str, Any] = {"kind": "step", "shape": name, "rule": rule}
-            row |= {"small_mb": small, "large_mb": large}
+        for chunk in CHUNK_MB:
+            ffn_ops.CHUNK_BYTES, ffn_ops.MIN_CHUNKS = chunk << 20, 1
+            row: dict[str, Any] = {"kind": "step", "shape": name, "rule": rule, "chunk_mb": chunk}
             for key, functions in (("step_ms", tuned), ("step_ms_gemms", nothing)):
                 between.select_pass, between.expand_pass = functions
                 if key == "step_ms":
@@ -306,7 +308,7 @@ def steps(name: str, rule: str, select: Tiling, expand: Tiling) -> Iterator[dict
             yield row
     finally:
         between.select_pass, between.expand_pass = passes
-        ffn_ops.SMALL_CHUNK_BYTES, ffn_ops.LARGE_CHUNK_BYTES, ffn_ops.MIN_CHUNKS = kept
+        ffn_ops.CHUNK_BYTES, ffn_ops.MIN_CHUNKS = kept
 
 
 def measure(names: list[str], seconds: float, processes: int) -> Iterator[dict[str, Any]]:
@@ -371,9 +373,9 @@ def report(results: list[dict[str, Any]]) -> None:
     dense = {row["shape"]: row["step_ms"] for row in results if row["kind"] == "dense"}
     for shape, rule in dict.fromkeys((row["shape"], row["rule"]) for row in results if row["kind"] == "step"):
         group = [r for r in results if r["kind"] == "step" and (r["shape"], r["rule"]) == (shape, rule)]
-        for row in sorted(group, key=lambda row: row["step_ms"])[:4]:
+        for row in sorted(group, key=lambda row: row["step_ms"])[:5]:
             print(
-                f"{shape:5}{rule:12} small {row['small_mb']:3} MB large {row['large_mb']:4} MB: step"
+                f"{shape:5}{rule:12} chunks of {row['chunk_mb']:4} MB: step"
                 f" {row['step_ms']:.3f} ms, its GEMMs {row['step_ms_gemms']:.3f}, dense {dense[shape]:.3f}:"
                 f" {dense[shape] / row['step_ms']:.3f} x; peak {row['peak_bytes'] / 1e6:.0f} MB"
             )

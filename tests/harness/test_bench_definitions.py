@@ -1,15 +1,18 @@
 """The benchmarks themselves: which there are, that each runs, and what `make bench` keeps of them."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from harness.benchmarks import benchmarks
 from harness.budget import ROOT
+from harness.cli import app
 from harness.compare_sides import find_side
 from harness.compare_stored import compare_stored
 from harness.history import read_runs
@@ -72,3 +75,20 @@ def test_make_bench_keeps_what_compare_and_history_read(tmp_path: Path) -> None:
     outcomes, _environment = compare_stored(find_side(str(path)), find_side(str(path)))
     assert {outcome.name for outcome in outcomes} == set(run.medians_ms)
     assert all(outcome.change is not None and outcome.change.value == 0 for outcome in outcomes)
+
+
+def test_the_workflow_runs_what_there_is() -> None:
+    """Every target and verb that CI calls exists, so the workflow cannot rot unseen."""
+    workflow = yaml.safe_load((ROOT / ".github/workflows/bench.yml").read_text())
+    assert set(workflow["jobs"]) == {"exact", "timed", "nightly"}
+    commands = "\n".join(
+        step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step
+    )
+    commands += (ROOT / ".ci/run").read_text()
+    targets = re.findall(r"^make ([a-z-]+)", commands, re.MULTILINE)
+    makefile = (ROOT / "Makefile").read_text()
+    assert {"setup", "bench-check", "bench", "test", "lint"} <= set(targets)
+    assert all(f"\n{target}: " in makefile for target in targets)
+    verbs = set(re.findall(r"mocbench ([a-z]+)", commands))
+    assert verbs == {"compare", "history"}
+    assert verbs <= {command.callback.__name__ for command in app.registered_commands if command.callback}

@@ -121,9 +121,9 @@ def test_a_capture_that_fails_midway_leaves_the_process_usable() -> None:
 
 
 def test_the_shared_pool_holds_one_rivals_temporaries_at_a_time() -> None:
-    """Four graphs of the same work need hardly more memory than one."""
+    """Eight graphs of the same work need no more memory than two (one is captured beside nothing)."""
     reserved = []
-    for count in (1, 4):
+    for count in (2, 8):
         calls = dense_calls()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
@@ -132,7 +132,7 @@ def test_the_shared_pool_holds_one_rivals_temporaries_at_a_time() -> None:
         contenders = [Contender(str(number), calls.step) for number in range(count)]
         time_paired(contenders, TimingSettings(max_rounds=4), CUDA)
         reserved.append(torch.cuda.max_memory_reserved() - before)
-    assert reserved[1] < 1.5 * reserved[0]
+    assert reserved[1] <= 1.01 * reserved[0]
 
 
 def test_conditions_are_read_while_timing() -> None:

@@ -1,7 +1,5 @@
 """The operator on Triton kernels: values, every gradient, and PyTorch's machinery around it."""
 
-import itertools
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from harness.measure import memory
 from moc import METHODS, FfnShape, Llama, LlamaConfig, MoCFFN, parse_selection
 from moc.compact import n_words, unpack_bitmask
-from moc.ffn_ops import plan, split, triton_moc_ffn
+from moc.ffn_ops import CHUNK_BYTES, chunks_of, triton_moc_ffn
 from moc.reference import FfnGrads, moc_forward_backward, select_mask
 from moc.triton_layers import TritonMoCFFN, moc_ffn, moc_fp8_ffn
 
@@ -105,31 +103,22 @@ def test_several_chunks_give_what_one_gives(device: str, monkeypatch: pytest.Mon
     whole = run(layer, x, dy)
     monkeypatch.setattr("moc.ffn_ops.CHUNK_MULTIPLE", 1)
     monkeypatch.setattr("moc.ffn_ops.LONG_BATCH", 10)
-    monkeypatch.setattr("moc.ffn_ops.LARGE_CHUNK_BYTES", 4 * 128 * 4)
-    monkeypatch.setattr("moc.ffn_ops.SMALL_CHUNK_BYTES", 2 * 128 * 4)
-    assert [len(chunk.small) for chunk in plan(11, 128 * 4, 128 * 4)] == [2, 2, 2]
+    monkeypatch.setattr("moc.ffn_ops.CHUNK_BYTES", 4 * 128 * 4)
+    assert len(chunks_of(11, 128 * 4)) == 3
     assert_same(run(layer, x, dy), whole, 1e-6)
 
 
-def test_ranges_cover_the_tokens() -> None:
-    """Ranges follow each other from start to stop, as many as asked or fewer, whole tiles but the last."""
-    assert split(0, 0, 3) == []
-    assert split(128, 428, 0) == [(128, 428)]
-    assert split(0, 16384, 3) == [(0, 5504), (5504, 11008), (11008, 16384)]
-    assert split(0, 300, 9) == [(0, 128), (128, 256), (256, 300)]
-
-
-@pytest.mark.parametrize(("n_tokens", "large"), [(4096, 1), (16384, 2), (1 << 20, 8)])
-def test_plan_of_a_batch(n_tokens: int, large: int) -> None:
-    """A long batch has two to eight large chunks, a short one is one; each consists of its small ones."""
-    chunks = plan(n_tokens, large_bytes=11008, small_bytes=22016)
-    assert [chunks[0].start, chunks[-1].stop] == [0, n_tokens]
-    assert len(chunks) == large
-    for chunk, following in itertools.pairwise(chunks):
-        assert chunk.stop == following.start
-    for chunk in chunks:
-        assert [chunk.small[0][0], chunk.small[-1][1]] == [chunk.start, chunk.stop]
-        assert max(stop - start for start, stop in chunk.small) * 22016 < 40e6
+@pytest.mark.parametrize(
+    ("n_tokens", "count"), [(0, 0), (1, 1), (4096, 1), (4097, 2), (16384, 2), (65536, 4), (1 << 20, 8)]
+)
+def test_chunks_of_a_batch(n_tokens: int, count: int) -> None:
+    """A long batch has two to eight chunks, a short one is one; they follow each other, in whole tiles."""
+    chunks = chunks_of(n_tokens, token_bytes=11008)
+    assert len(chunks) == count
+    assert [token for chunk in chunks for token in range(n_tokens)[chunk]] == list(range(n_tokens))
+    assert all((chunk.stop - chunk.start) % 128 == 0 for chunk in chunks[:-1])
+    if count < 8:
+        assert all((chunk.stop - chunk.start) * 11008 < 1.1 * CHUNK_BYTES for chunk in chunks)
 
 
 def test_weights_lie_side_by_side(device: str) -> None:

@@ -213,7 +213,8 @@ def test_tilings_do_not_matter(tiling: Tiling, device: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rule", "packed", "limit"), [("topk:0.1", True, 192), ("topk:0.1", False, 96), ("topk_abs:0.1", False, 48)]
+    ("rule", "packed", "limit"),
+    [("topk:0.1", True, 192), ("topk:0.1", False, 96), ("topk_abs:0.1", False, 48)],
 )
 def test_held_rows_fit_registers(rule: str, packed: bool, limit: int) -> None:
     """A longer row gets more warps, enough to hold it."""
