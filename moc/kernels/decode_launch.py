@@ -151,40 +151,43 @@ def decode_pass(
         if torch.are_deterministic_algorithms_enabled() and not tiling.deterministic:
             tiling = replace(tiling, down=DownTile(64, 256, 16))
     _check_tiling(selection, tokens, tiling)
+    hopper = INTERPRETED or torch.cuda.get_device_capability(x.device) >= (9, 0)
+    if not hopper:
+        tiling = replace(tiling, ahead=False, pdl=False)
     gate, down = tiling.gate, tiling.down
     n_tickets = 1 if down is None else -(-d // down.columns)
     n_zeros = n_tickets + (tokens * d if down is None else 0)
-    if gate is None and down is None:
-        zeros = x.new_zeros(n_zeros, dtype=torch.int32)
-    else:  # the first kernel clears it
-        zeros = x.new_empty(n_zeros, dtype=torch.int32)
+    zeros = x.new_empty(n_zeros, dtype=torch.int32)
     tickets = zeros[:n_tickets]
     sums = zeros[n_tickets:].view(torch.float32) if down is None else None
     z = None if down is None else x.new_empty(tokens, d_ffn, dtype=torch.float32)
     gates = cut = None
     scales = (None, None, None) if rows.scales is None else rows.scales.unbind()
-    packed = INTERPRETED or torch.cuda.get_device_capability(x.device) >= (9, 0)
+    later = {"launch_pdl": True} if tiling.pdl and not INTERPRETED else {}
+    channels_launch = {} if gate is None and down is not None else later
     values = search_values(d_ffn, selection, x.dtype)
     with launching_on(x):
+        if gate is None and down is None:
+            decode_clear_kernel[(-(-n_zeros // 1024),)](zeros, n_zeros, PDL=bool(later))
         if gate is not None:
             gates = x.new_empty(tokens, -(-d_ffn // 16) * 16)
             decode_gate_kernel[(-(-d_ffn // gate.rows),)](
                 x, rows.gate, scales[0], gates, zeros, overflow, tokens, d, d_ffn, gates.stride(0), n_zeros,
-                **gate_constants(d, tokens, tiling), **_options(gate.num_warps, tiling),
+                **gate_constants(d, tokens, tiling), **_options(gate.num_warps),
             )  # fmt: skip
             if tiling.cut_apart and selection is not None and selection.rule != "nm":
                 cut = x.new_empty(tokens, 2, dtype=torch.int32)
                 decode_cut_kernel[(tokens,)](
                     gates, cut, overflow, gates.stride(0), *values,
-                    **cut_constants(d_ffn, selection, packed, tiling), **_options(cut_warps(d_ffn), tiling),
+                    **cut_constants(d_ffn, selection, hopper, tiling), **_options(cut_warps(d_ffn)), **later,
                 )  # fmt: skip
-        constants = channels_constants(d, d_ffn, selection, tokens, packed, tiling)
+        constants = channels_constants(d, d_ffn, selection, tokens, hopper, tiling)
         programs = -(-d_ffn // (constants["BANKS"] * constants["M"]))
         decode_channels_kernel[(programs, tiling.parts)](
             x, rows.gate if gate is None else None, rows.up, rows.down if down is None else None, *scales,
             gates, cut, overflow, z, sums, None if down else tickets, zeros, y if down is None else None,
             tokens, d, 0 if gates is None else gates.stride(0), *values, 0 if gate else n_zeros, d_ffn,
-            **constants, **_options(tiling.num_warps, tiling),
+            **constants, **_options(tiling.num_warps), **channels_launch,
             **({"maxnreg": tiling.registers} if tiling.registers else {}),
         )  # fmt: skip
         if down is not None:
@@ -192,14 +195,13 @@ def decode_pass(
             parts = x.new_empty(splits, tokens, d, dtype=torch.float32)
             decode_down_kernel[(splits, n_tickets)](
                 z, rows.down, scales[2], parts, tickets, y, tokens, d, d_ffn, down.blocks,
-                **down_constants(selection, tokens, tiling), **_options(down.num_warps, tiling),
+                **down_constants(selection, tokens, tiling), **_options(down.num_warps), **later,
             )  # fmt: skip
     return z
 
 
-def _options(num_warps: int, tiling: DecodeTiling) -> dict[str, int]:
-    pdl = {"launch_pdl": True} if tiling.pdl and not INTERPRETED else {}
-    return {"num_warps": num_warps, "ASM": not INTERPRETED, **pdl}
+def _options(num_warps: int) -> dict[str, int]:
+    return {"num_warps": num_warps, "ASM": not INTERPRETED}
 
 
 def gate_constants(d: int, tokens: int, tiling: DecodeTiling) -> dict[str, int]:
@@ -213,8 +215,7 @@ def gate_constants(d: int, tokens: int, tiling: DecodeTiling) -> dict[str, int]:
         "EVEN": d % gate.columns == 0,
         "STAGES": gate.stages,
         "UNROLL": gate.unroll,
-        "PREFETCH": tiling.prefetch,
-        "PDL": tiling.pdl,
+        "PDL": tiling.pdl and not INTERPRETED,
     }
 
 
@@ -225,7 +226,7 @@ def cut_constants(d_ffn: int, selection: Selection, packed: bool, tiling: Decode
         "RULE": RULES[selection.rule],
         "PACKED": packed and selection.rule != "topk_abs",
         "PIECE": 512 * cut_warps(d_ffn),
-        "PDL": tiling.pdl,
+        "PDL": tiling.pdl and not INTERPRETED,
     }
 
 
@@ -255,8 +256,8 @@ def channels_constants(
         "EVEN": d % tiling.columns == 0 == d % tiling.up_columns,
         "STAGES": tiling.stages,
         "UNROLL": tiling.unroll,
-        "PREFETCH": tiling.prefetch,
-        "PDL": tiling.pdl,
+        "AHEAD": max(1, 32 * tiling.num_warps // tiling.slots) if tiling.ahead else 0,
+        "PDL": tiling.pdl and not INTERPRETED,
     }
 
 
@@ -271,7 +272,7 @@ def down_constants(selection: Selection | None, tokens: int, tiling: DecodeTilin
         "SLOTS": down.slots,
         "COLUMNS": down.columns,
         "STAGES": down.stages,
-        "PDL": tiling.pdl,
+        "PDL": tiling.pdl and not INTERPRETED,
     }
 
 

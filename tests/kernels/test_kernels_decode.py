@@ -21,13 +21,13 @@ GATHERED, MASKED = DownTile(32, 32, 16, blocks=2), DownTile(16, 64, 16, num_warp
 # Ways to lay a layer out, by the number of tokens they can take.
 LOCAL = {
     "atomics": DecodeTiling(64, 64, 16, 32, 32),
-    "atomics masked": DecodeTiling(64, 32, 64, 32, 16, prefetch=64),
+    "atomics masked": DecodeTiling(64, 32, 64, 32, 16, ahead=True, pdl=True),
     "parts": DecodeTiling(64, 64, 16, 64, 64, down=GATHERED),
     "parts masked": DecodeTiling(64, 16, 64, 16, 16, stages=3, down=MASKED),
 }
 ANY = {
     "gate atomics": DecodeTiling(
-        32, 64, 16, 32, 64, gate=Tile(16, 32, unroll=2), cut_apart=True, prefetch=64
+        32, 64, 16, 32, 64, gate=Tile(16, 32, unroll=2), cut_apart=True, ahead=True, pdl=True
     ),
     "gate parts": DecodeTiling(
         16, 64, 16, 32, 64, gate=Tile(16, 64, stages=3), down=GATHERED, cut_apart=True
