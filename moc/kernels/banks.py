@@ -18,9 +18,10 @@ from __future__ import annotations
 import triton.language as tl
 
 from moc.kernels.primitives import jit, largest, popcount, ranked, running_total, total
-from moc.kernels.selection import compare_pairs, half, key_bits, key_score, padded_pairs, pairs_counted
+from moc.kernels.selection import compare_pairs, half, key_bits, key_score, larger_pairs, padded_pairs, pairs_counted
 
-RANK, EXTRACT, BISECT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+RANK, EXTRACT, BISECT, WHOLE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+CHUNK = tl.constexpr(2048)  # channels whose banks WHOLE searches at once: 32 banks of 64, one in each lane
 _LEAST = tl.constexpr(-(1 << 31))
 
 
@@ -135,8 +136,14 @@ def _bisect(
     if F % (ROWS * 32) != 0:
         b_equal = b_equal & (tl.arange(0, ROWS)[:, None] * 32 + tl.arange(0, 32)[None, :] < F - start)
     b_equal = tl.reshape(_word(b_equal), (BANKS, M // 32))
+    return b_greater | tl.reshape(_lowest(b_equal, N - b_above, ASM), (ROWS,))
+
+
+@jit
+def _lowest(b_equal, b_wanted, ASM: tl.constexpr):
+    """Of the bits of a bank's words [BANKS, words] the lowest `b_wanted` [BANKS]."""
     b_count = popcount(b_equal, ASM)
-    b_wanted = (N - b_above)[:, None] - (running_total(b_count, 1) - b_count)
+    b_wanted = b_wanted[:, None] - (running_total(b_count, 1) - b_count)
     b_all = b_wanted >= b_count  # nearly always
     b_wanted = tl.where(b_all, 0, tl.maximum(b_wanted, 0))
     b_keep = tl.where(b_all, b_equal, 0)
@@ -145,7 +152,7 @@ def _bisect(
         b_keep |= b_lowest
         b_equal ^= b_lowest
         b_wanted -= 1
-    return b_greater | tl.reshape(b_keep, (ROWS,))
+    return b_keep
 
 
 @jit
@@ -200,3 +207,129 @@ def _nth_of_banks(
         b_above = tl.where(b_n == N, 0, b_above)
         b_middle = (b_low + b_high) >> 1
     return b_low, b_above
+
+
+@jit
+def bits_of_chunk(
+    row_ptr, pair, F: tl.constexpr, N: tl.constexpr, M: tl.constexpr, FIRST: tl.constexpr, ASM: tl.constexpr
+):
+    """The kept channels of CHUNK channels, from the 2 * `pair`-th of the row, as the bits of [CHUNK / 32] words.
+
+    A lane holds whole banks, so that nothing is counted across lanes. FIRST: how many keys below the bank's
+    largest the search starts, in eighths of an octave.
+    """
+    DTYPE: tl.constexpr = row_ptr.dtype.element_ty
+    BANKS: tl.constexpr = CHUNK // M
+    OCTAVE: tl.constexpr = 128 if DTYPE == tl.bfloat16 else 1024
+    INFINITY: tl.constexpr = 0x7F80 if DTYPE == tl.bfloat16 else 0x7C00
+    b_pieces = ()
+    for i in tl.static_range(M // 8):
+        b_pieces = b_pieces + (_piece_of_banks(row_ptr, pair, i, F, BANKS, M, DTYPE),)  # noqa: RUF005
+    b_low = _nth_of_whole_banks(b_pieces, N, BANKS, FIRST * OCTAVE // 8, OCTAVE, INFINITY, DTYPE, ASM)
+    b_from = _words_from(b_pieces, b_low, BANKS, M, DTYPE, ASM)  # [BANKS, M / 32]: the nth largest and above
+    if F % CHUNK != 0:
+        b_channel = tl.arange(0, BANKS)[:, None] * M + tl.arange(0, M // 32)[None, :] * 32
+        b_inside = tl.minimum(tl.maximum(F - 2 * pair - b_channel, 0), 32)
+        b_from &= tl.where(b_inside == 32, -1, (1 << (b_inside & 31)) - 1)
+    if largest(total(popcount(b_from, ASM), 1), 0) > N:
+        b_above = _words_from(b_pieces, tl.minimum(b_low + 1, INFINITY), BANKS, M, DTYPE, ASM)
+        b_above = tl.where(b_low[:, None] < INFINITY, b_above, 0)
+        b_wanted = N - total(popcount(b_above, ASM), 1)
+        b_from = b_above | _lowest(b_from ^ b_above, b_wanted, ASM)
+    return tl.reshape(b_from, (CHUNK // 32,))
+
+
+@jit
+def _piece_of_banks(
+    row_ptr,
+    pair,
+    i: tl.constexpr,
+    F: tl.constexpr,
+    BANKS: tl.constexpr,
+    M: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """The i-th four pairs of each bank [BANKS, 4], minus infinity from F on."""
+    PADDING: tl.constexpr = -0x7F0080 if DTYPE == tl.bfloat16 else -0x3FF0400
+    b_pair = tl.arange(0, BANKS)[:, None] * (M // 2) + tl.arange(0, 4)[None, :] + 4 * i
+    b_ptr = row_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + pair + b_pair
+    if F % CHUNK == 0:
+        return tl.load(b_ptr)
+    elif F % 2 == 0:
+        # Compared as pairs and not as channels, so that the compiler sees that four lie on one side of F.
+        b_inside = b_pair < F // 2 - pair
+        return tl.where(b_inside, tl.load(b_ptr, mask=b_inside, other=0), PADDING)
+    else:
+        return padded_pairs(b_ptr, 2 * b_pair, F - 2 * pair, True, DTYPE)
+
+
+@jit
+def _words_from(
+    pieces, b_key, BANKS: tl.constexpr, M: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr
+):
+    """Which channels of a bank have the bank's key or more, NaN too, as the bits of [BANKS, M / 32] words."""
+    b_twice = (key_bits(b_key, DTYPE) * 0x10001)[:, None]
+    b_bits = (0x10001 << tl.arange(0, 4))[None, :]
+    if M == 64:
+        b_first = _word_from(pieces, 0, b_twice, b_bits, DTYPE, ASM)
+        b_second = _word_from(pieces, 4, b_twice, b_bits, DTYPE, ASM)
+        return tl.join(b_first, b_second)
+    else:
+        return _word_from(pieces, 0, b_twice, b_bits, DTYPE, ASM)[:, None]
+
+
+@jit
+def _word_from(pieces, first: tl.constexpr, b_twice, b_bits, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    b_word = compare_pairs(pieces[first], b_twice, DTYPE, ASM) & b_bits
+    for i in tl.static_range(1, 4):
+        b_word |= compare_pairs(pieces[first + i], b_twice, DTYPE, ASM) & (b_bits << (4 * i))
+    b_word = total(b_word, 1)
+    # The even channels are in the low half, the odd ones in the high half: shuffle them together.
+    b_swap = (b_word ^ (b_word >> 8)) & 0x0000FF00
+    b_word ^= b_swap ^ (b_swap << 8)
+    b_swap = (b_word ^ (b_word >> 4)) & 0x00F000F0
+    b_word ^= b_swap ^ (b_swap << 4)
+    b_swap = (b_word ^ (b_word >> 2)) & 0x0C0C0C0C
+    b_word ^= b_swap ^ (b_swap << 2)
+    b_swap = (b_word ^ (b_word >> 1)) & 0x22222222
+    return b_word ^ b_swap ^ (b_swap << 1)
+
+
+@jit
+def _nth_of_whole_banks(
+    pieces,
+    N: tl.constexpr,
+    BANKS: tl.constexpr,
+    FIRST: tl.constexpr,
+    OCTAVE: tl.constexpr,
+    INFINITY: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Key [BANKS] of a bank's nth largest, or another from which on there are exactly N."""
+    b_top = pieces[0]
+    for i in tl.static_range(1, len(pieces)):
+        b_top = larger_pairs(b_top, pieces[i], DTYPE, ASM)
+    b_top = tl.maximum(ranked(half(b_top, DTYPE), ASM), ranked(half(b_top >> 16, DTYPE), ASM))
+    b_top = (largest(b_top, 1) + 0.0).to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32)
+    b_high = (b_top ^ ((b_top >> 31) & 0x7FFF)) + 1  # fewer than N gates of the bank have this key or more
+    b_low = tl.full((BANKS,), -INFINITY - 1, tl.int32)  # at least N have this key or more, or all there are
+    b_middle = tl.maximum(b_high - FIRST, -INFINITY)
+    step = OCTAVE // 2
+    while largest(b_high - b_low, 0) > 1:
+        b_twice = (key_bits(b_middle, DTYPE) * 0x10001)[:, None]
+        b_n = compare_pairs(pieces[0], b_twice, DTYPE, ASM)
+        for i in tl.static_range(1, len(pieces)):
+            b_n += compare_pairs(pieces[i], b_twice, DTYPE, ASM)
+        b_n = pairs_counted(total(b_n, 1))
+        # A bank that is done has middle = low, and stays as it is.
+        b_below = (b_n < N) & (b_low < b_middle)
+        b_high = tl.where(b_below, b_middle, b_high)
+        b_low = tl.where(b_below, b_low, b_middle)
+        b_high = tl.where(b_n == N, b_low + 1, b_high)
+        b_middle = (b_low + b_high) >> 1
+        if FIRST != 4 * OCTAVE:
+            # As long as nothing is known below, by steps that double.
+            b_middle = tl.maximum(b_middle, b_high - step)
+            step = tl.minimum(2 * step, 1 << 20)
+    return b_low

@@ -23,7 +23,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from moc.kernels.banks import bits_in_banks, way
+from moc.kernels.banks import BISECT, CHUNK, WHOLE, bits_in_banks, bits_of_chunk, way
 from moc.kernels.primitives import (
     INTERPRETED,
     bits_before,
@@ -76,6 +76,8 @@ class Tiling:
     vector: int  # neighbouring channels in a lane, at most 8
     one_per_lane: bool = False  # how pairs are accessed, see `store_pairs`
     guess: bool = True  # select: start the search where a normal distribution has its K-th largest
+    whole: bool = False  # select: `nm` as WHOLE of banks.py where it would be BISECT
+    first: int = 32  # eighths of an octave
 
 
 @jit(do_not_specialize=_SELECT_VALUES)
@@ -98,6 +100,7 @@ def select_fwd_kernel(
     N: tl.constexpr,
     M: tl.constexpr,
     WAY: tl.constexpr,
+    FIRST: tl.constexpr,
     KEEP: tl.constexpr,
     FP8: tl.constexpr,
     PACKED: tl.constexpr,
@@ -134,12 +137,18 @@ def select_fwd_kernel(
     b_word = tl.arange(0, ROWS)
     b_at = b_word[:, None] * 32 + b_bit[None, :]  # [ROWS, 32], a channel's place in its tile
     n_kept = 0
+    if RULE == NM and WAY == WHOLE:
+        b_chunk = tl.full((CHUNK // 32,), 0, tl.int32)  # the kept channels of this tile and of others
     for start in range(0, F, ROWS * 32):
         b_inside = b_at < F - start
         # Past F: never above a score, and equal to it only beyond the cut.
         b_g = tl.load(g_ptr + start + b_at, mask=b_inside, other=float("-inf"))
         b_u = tl.load(u_ptr + start + b_at, mask=b_inside, other=0.0)
-        if RULE == NM:
+        if RULE == NM and WAY == WHOLE:
+            if start % CHUNK == 0:
+                b_chunk = bits_of_chunk(g_ptr, start // 2, F, N, M, FIRST, ASM)
+            b_bits = tl.gather(b_chunk, start % CHUNK // 32 + b_word, 0)
+        elif RULE == NM:
             b_bits = bits_in_banks(g_ptr, b_g, start, F, ROWS, N, M, WAY, ASM)
         else:
             b_score = score_of(b_g, RULE, ASM)
@@ -357,7 +366,8 @@ def select_constants(
         "RULE": RULES[selection.rule],
         "N": selection.n or 0,
         "M": selection.m or 0,
-        "WAY": way(selection.n, selection.m, itemsize, packed) if selection.n and selection.m else 0,
+        "WAY": _way(selection, itemsize, packed, tiling),
+        "FIRST": tiling.first,
         "KEEP": keep,
         "FP8": fp8,
         "PACKED": packed and selection.rule != "topk_abs",
@@ -367,6 +377,13 @@ def select_constants(
         "VECTOR": min(tiling.vector, vector),
         "ONE_PER_LANE": tiling.one_per_lane,
     }
+
+
+def _way(selection: Selection, itemsize: int, packed: bool, tiling: Tiling) -> int:
+    if not (selection.n and selection.m):
+        return 0
+    found = way(selection.n, selection.m, itemsize, packed)
+    return WHOLE.value if tiling.whole and found == BISECT.value else found
 
 
 def expand_constants(d_ffn: int, width: int, vector: int, fp8: bool, tiling: Tiling) -> dict[str, int]:

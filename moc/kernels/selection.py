@@ -154,6 +154,25 @@ def compare_pairs(pairs, twice, DTYPE: tl.constexpr, ASM: tl.constexpr):
 
 
 @jit
+def larger_pairs(pairs, others, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """Per half of a word the larger of two gates; NaN if either is."""
+    if ASM and DTYPE == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "max.NaN.bf16x2 $0, $1, $2;", "=r,r,r", [pairs, others], dtype=tl.int32, is_pure=True, pack=1
+        )
+    elif ASM:
+        return tl.inline_asm_elementwise(
+            "max.NaN.f16x2 $0, $1, $2;", "=r,r,r", [pairs, others], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        b_low = half(pairs, DTYPE) < half(others, DTYPE)
+        b_high = half(pairs >> 16, DTYPE) < half(others >> 16, DTYPE)
+        b_low = b_low | (half(others, DTYPE) != half(others, DTYPE))
+        b_high = b_high | (half(others >> 16, DTYPE) != half(others >> 16, DTYPE))
+        return tl.where(b_low, others, pairs) & 0xFFFF | tl.where(b_high, others, pairs) & -65536
+
+
+@jit
 def half(word, DTYPE: tl.constexpr):
     return (word & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
 
