@@ -69,16 +69,18 @@ def _of_method(method: Method, selection: Selection | None, shape: FfnShape) -> 
 
 
 def _measured(method: Method, selection: Selection | None, shape: FfnShape) -> dict[str, Fact]:
-    """Of forward and, where the method has one, backward passes on natural data."""
+    """Of a layer and, where the method can be trained, its passes on natural data."""
     dtype = DTYPES[DTYPE]
     few, more = (natural_tensors(shape, tokens, dtype, torch.device("cpu"), seed=0) for tokens in TOKENS)
     layer = method.make(shape, selection).to(dtype)
     for name, weight in ffn_weights(layer, shape).items():
         weight.data = getattr(few, name)
+    held = {
+        t.untyped_storage().data_ptr(): t.untyped_storage() for t in (*layer.parameters(), *layer.buffers())
+    }
+    facts: dict[str, Fact] = {"bytes a layer holds": sum(storage.nbytes() for storage in held.values())}
     if not method.backward:
-        with torch.no_grad():
-            flops = roofline.count_flops(lambda: layer(few.x))
-        return {"flops of decoding a token": "unknown" if flops is None else _exact(flops / TOKENS[0])}
+        return facts
     for tensors in (few, more):
         tensors.x.requires_grad_()
     saved_by_few = memory.saved_bytes(lambda: layer(few.x), layer.parameters(), [few.x])
@@ -86,7 +88,7 @@ def _measured(method: Method, selection: Selection | None, shape: FfnShape) -> d
     fewer, bytes_of_more = saved_by_few.activation_bytes, saved_by_more.activation_bytes
     per_token = (bytes_of_more - fewer) / (TOKENS[1] - TOKENS[0])
     flops = roofline.count_flops(lambda: layer(few.x).backward(few.dy))
-    return {
+    return facts | {
         "saved bytes per token": _exact(per_token),
         "saved bytes whatever the tokens": _exact(fewer - per_token * TOKENS[0]),
         "saved casts of weights in bytes": saved_by_few.parameter_cast_bytes,

@@ -47,12 +47,14 @@ _DENSE: dict[str, tuple[str, Any]] = {
     "dense_recompute": ("#A6A6A6", (0, (1, 1))),
     "dense_gu": ("#737373", (0, (3, 2))),
     "dense_fp8": ("#B8B8B8", (0, (5, 1, 1, 1))),
+    "dense_int8": ("#4D4D4D", (0, (2, 2))),
 }
 # Line style, filling and hatch of a sparse method.
 _METHODS: dict[str, tuple[Any, str, str]] = {
     "moc": ("-", "full", ""),
     "moc_reference": ((0, (5, 2)), "none", ""),
     "moc_fp8": ((0, (1, 1)), "left", "//"),
+    "moc_int8": ((0, (3, 1)), "right", "xx"),
     "act_prune": ((0, (6, 2, 1, 2)), "bottom", ".."),
 }
 

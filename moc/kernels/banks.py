@@ -1,6 +1,6 @@
 """`nm` selection: which n gates of each bank of m neighbouring channels are the largest. Device functions.
 
-A tail bank of t < m channels keeps min(n, t). Three ways, all exact, equal gates to the lowest channel:
+A tail bank of t < m channels keeps min(n, t). Four ways, all exact, equal gates to the lowest channel:
 
 RANK     any n and m, any dtype: a channel counts those of its bank that beat it, read again from L1; m
          comparisons per channel.
@@ -8,9 +8,11 @@ EXTRACT  n <= 4, m a power of two, 16-bit gates: the bank's largest is removed n
 BISECT   m = 32 or 64, 16-bit gates: the bank's nth largest is searched by counting, packed two channels to a
          register; a lane holds 16 channels of a bank, so that few counts cross lanes. The search starts four
          octaves below the bank's largest, where the nth largest nearly always lies: 10 rounds, not 16.
+WHOLE    as BISECT, but for 2048 channels at once and with whole banks in a lane, so that no count crosses
+         lanes; the tiles that follow take their words of bits from it.
 """
 
-# mypy: disable-error-code="no-untyped-def, no-redef"
+# mypy: disable-error-code="no-untyped-def, no-redef, assignment"
 # ruff: noqa: SIM300 - capitals are compile-time constants, often on the left
 
 from __future__ import annotations
@@ -18,15 +20,26 @@ from __future__ import annotations
 import triton.language as tl
 
 from moc.kernels.primitives import jit, largest, popcount, ranked, running_total, total
-from moc.kernels.selection import compare_pairs, half, key_bits, key_score, larger_pairs, padded_pairs, pairs_counted
+from moc.kernels.selection import (
+    add_pairs,
+    compare_pairs,
+    half,
+    key_bits,
+    key_score,
+    larger_pairs,
+    ones_of_pairs,
+    padded_pairs,
+    pairs_above,
+    pairs_counted,
+)
 
 RANK, EXTRACT, BISECT, WHOLE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
-CHUNK = tl.constexpr(2048)  # channels whose banks WHOLE searches at once: 32 banks of 64, one in each lane
+CHUNK = 2048  # channels whose banks WHOLE searches at once: 32 banks of 64, one in each lane
 _LEAST = tl.constexpr(-(1 << 31))
 
 
 def way(n: int, m: int, itemsize: int, packed: bool) -> int:
-    """The fastest of the three for n:m; `packed`: gates are of 16 bits and can be compared in pairs."""
+    """The fastest of the first three for n:m; `packed`: gates are of 16 bits and can be compared in pairs."""
     if m & (m - 1) == 0:
         if n <= 4 and itemsize == 2:
             return EXTRACT.value
@@ -211,12 +224,19 @@ def _nth_of_banks(
 
 @jit
 def bits_of_chunk(
-    row_ptr, pair, F: tl.constexpr, N: tl.constexpr, M: tl.constexpr, FIRST: tl.constexpr, ASM: tl.constexpr
+    row_ptr,
+    pair,
+    F: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    CHUNK: tl.constexpr,
+    FLOATS: tl.constexpr,
+    ASM: tl.constexpr,
 ):
-    """The kept channels of CHUNK channels, from the 2 * `pair`-th of the row, as the bits of [CHUNK / 32] words.
+    """The kept channels of CHUNK channels, from 2 * `pair` on, as the bits of [CHUNK / 32] words.
 
-    A lane holds whole banks, so that nothing is counted across lanes. FIRST: how many keys below the bank's
-    largest the search starts, in eighths of an octave.
+    A lane holds whole banks, so that nothing is counted across lanes. FLOATS: count in pairs of floats, on
+    the floating-point units, while the integer ones compare.
     """
     DTYPE: tl.constexpr = row_ptr.dtype.element_ty
     BANKS: tl.constexpr = CHUNK // M
@@ -224,16 +244,16 @@ def bits_of_chunk(
     INFINITY: tl.constexpr = 0x7F80 if DTYPE == tl.bfloat16 else 0x7C00
     b_pieces = ()
     for i in tl.static_range(M // 8):
-        b_pieces = b_pieces + (_piece_of_banks(row_ptr, pair, i, F, BANKS, M, DTYPE),)  # noqa: RUF005
-    b_low = _nth_of_whole_banks(b_pieces, N, BANKS, FIRST * OCTAVE // 8, OCTAVE, INFINITY, DTYPE, ASM)
-    b_from = _words_from(b_pieces, b_low, BANKS, M, DTYPE, ASM)  # [BANKS, M / 32]: the nth largest and above
+        b_pieces = b_pieces + (_piece_of_banks(row_ptr, pair, i, F, BANKS, M, CHUNK, DTYPE),)  # noqa: RUF005
+    b_low = _nth_of_whole_banks(b_pieces, N, BANKS, OCTAVE, INFINITY, FLOATS, DTYPE, ASM)
+    b_from = _words_of(b_pieces, b_low, False, BANKS, M, DTYPE, ASM)  # [BANKS, M / 32]
     if F % CHUNK != 0:
         b_channel = tl.arange(0, BANKS)[:, None] * M + tl.arange(0, M // 32)[None, :] * 32
         b_inside = tl.minimum(tl.maximum(F - 2 * pair - b_channel, 0), 32)
         b_from &= tl.where(b_inside == 32, -1, (1 << (b_inside & 31)) - 1)
     if largest(total(popcount(b_from, ASM), 1), 0) > N:
-        b_above = _words_from(b_pieces, tl.minimum(b_low + 1, INFINITY), BANKS, M, DTYPE, ASM)
-        b_above = tl.where(b_low[:, None] < INFINITY, b_above, 0)
+        b_above = _words_of(b_pieces, b_low, True, BANKS, M, DTYPE, ASM)
+        b_above = tl.where(b_low[:, None] < INFINITY, b_above, 0)  # NaN ranks as infinity
         b_wanted = N - total(popcount(b_above, ASM), 1)
         b_from = b_above | _lowest(b_from ^ b_above, b_wanted, ASM)
     return tl.reshape(b_from, (CHUNK // 32,))
@@ -247,6 +267,7 @@ def _piece_of_banks(
     F: tl.constexpr,
     BANKS: tl.constexpr,
     M: tl.constexpr,
+    CHUNK: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
     """The i-th four pairs of each bank [BANKS, 4], minus infinity from F on."""
@@ -257,32 +278,49 @@ def _piece_of_banks(
         return tl.load(b_ptr)
     elif F % 2 == 0:
         # Compared as pairs and not as channels, so that the compiler sees that four lie on one side of F.
-        b_inside = b_pair < F // 2 - pair
-        return tl.where(b_inside, tl.load(b_ptr, mask=b_inside, other=0), PADDING)
+        return tl.load(b_ptr, mask=b_pair < F // 2 - pair, other=PADDING)
     else:
         return padded_pairs(b_ptr, 2 * b_pair, F - 2 * pair, True, DTYPE)
 
 
 @jit
-def _words_from(
-    pieces, b_key, BANKS: tl.constexpr, M: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr
+def _words_of(
+    pieces,
+    b_key,
+    ABOVE: tl.constexpr,
+    BANKS: tl.constexpr,
+    M: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ASM: tl.constexpr,
 ):
-    """Which channels of a bank have the bank's key or more, NaN too, as the bits of [BANKS, M / 32] words."""
+    """Which channels of a bank are at least the float with its key, or ABOVE it: [BANKS, M / 32] words.
+
+    NaN is above all.
+    """
     b_twice = (key_bits(b_key, DTYPE) * 0x10001)[:, None]
-    b_bits = (0x10001 << tl.arange(0, 4))[None, :]
     if M == 64:
-        b_first = _word_from(pieces, 0, b_twice, b_bits, DTYPE, ASM)
-        b_second = _word_from(pieces, 4, b_twice, b_bits, DTYPE, ASM)
-        return tl.join(b_first, b_second)
+        b_first = _word_of(pieces, 0, b_twice, ABOVE, DTYPE, ASM)
+        return tl.join(b_first, _word_of(pieces, 4, b_twice, ABOVE, DTYPE, ASM))
     else:
-        return _word_from(pieces, 0, b_twice, b_bits, DTYPE, ASM)[:, None]
+        return _word_of(pieces, 0, b_twice, ABOVE, DTYPE, ASM)[:, None]
 
 
 @jit
-def _word_from(pieces, first: tl.constexpr, b_twice, b_bits, DTYPE: tl.constexpr, ASM: tl.constexpr):
-    b_word = compare_pairs(pieces[first], b_twice, DTYPE, ASM) & b_bits
-    for i in tl.static_range(1, 4):
-        b_word |= compare_pairs(pieces[first + i], b_twice, DTYPE, ASM) & (b_bits << (4 * i))
+def _word_of(
+    pieces,
+    first: tl.constexpr,
+    b_twice,
+    ABOVE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    b_bits = (0x10001 << tl.arange(0, 4))[None, :]
+    b_word = tl.full(pieces[0].shape, 0, tl.int32)
+    for i in tl.static_range(4):
+        if ABOVE:
+            b_word |= pairs_above(pieces[first + i], b_twice, DTYPE, ASM) & (b_bits << (4 * i))
+        else:
+            b_word |= compare_pairs(pieces[first + i], b_twice, DTYPE, ASM) & (b_bits << (4 * i))
     b_word = total(b_word, 1)
     # The even channels are in the low half, the odd ones in the high half: shuffle them together.
     b_swap = (b_word ^ (b_word >> 8)) & 0x0000FF00
@@ -300,9 +338,9 @@ def _nth_of_whole_banks(
     pieces,
     N: tl.constexpr,
     BANKS: tl.constexpr,
-    FIRST: tl.constexpr,
     OCTAVE: tl.constexpr,
     INFINITY: tl.constexpr,
+    FLOATS: tl.constexpr,
     DTYPE: tl.constexpr,
     ASM: tl.constexpr,
 ):
@@ -314,22 +352,26 @@ def _nth_of_whole_banks(
     b_top = (largest(b_top, 1) + 0.0).to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32)
     b_high = (b_top ^ ((b_top >> 31) & 0x7FFF)) + 1  # fewer than N gates of the bank have this key or more
     b_low = tl.full((BANKS,), -INFINITY - 1, tl.int32)  # at least N have this key or more, or all there are
-    b_middle = tl.maximum(b_high - FIRST, -INFINITY)
-    step = OCTAVE // 2
+    b_middle = tl.maximum(b_high - 4 * OCTAVE, -INFINITY)
     while largest(b_high - b_low, 0) > 1:
         b_twice = (key_bits(b_middle, DTYPE) * 0x10001)[:, None]
-        b_n = compare_pairs(pieces[0], b_twice, DTYPE, ASM)
-        for i in tl.static_range(1, len(pieces)):
-            b_n += compare_pairs(pieces[i], b_twice, DTYPE, ASM)
-        b_n = pairs_counted(total(b_n, 1))
+        if FLOATS and ASM:
+            b_sum = ones_of_pairs(pieces[0], b_twice, DTYPE)
+            for i in tl.static_range(1, len(pieces)):
+                b_sum = add_pairs(b_sum, ones_of_pairs(pieces[i], b_twice, DTYPE), DTYPE)
+            b_left, b_right = tl.split(tl.reshape(b_sum, (BANKS, 2, 2)))
+            b_left, b_right = tl.split(add_pairs(b_left, b_right, DTYPE))
+            b_sum = add_pairs(b_left, b_right, DTYPE)
+            b_n = half(b_sum, DTYPE) + half(b_sum >> 16, DTYPE)
+        else:
+            b_n = compare_pairs(pieces[0], b_twice, DTYPE, ASM)
+            for i in tl.static_range(1, len(pieces)):
+                b_n += compare_pairs(pieces[i], b_twice, DTYPE, ASM)
+            b_n = pairs_counted(total(b_n, 1))
         # A bank that is done has middle = low, and stays as it is.
         b_below = (b_n < N) & (b_low < b_middle)
         b_high = tl.where(b_below, b_middle, b_high)
         b_low = tl.where(b_below, b_low, b_middle)
         b_high = tl.where(b_n == N, b_low + 1, b_high)
         b_middle = (b_low + b_high) >> 1
-        if FIRST != 4 * OCTAVE:
-            # As long as nothing is known below, by steps that double.
-            b_middle = tl.maximum(b_middle, b_high - step)
-            step = tl.minimum(2 * step, 1 << 20)
     return b_low

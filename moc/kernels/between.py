@@ -76,8 +76,7 @@ class Tiling:
     vector: int  # neighbouring channels in a lane, at most 8
     one_per_lane: bool = False  # how pairs are accessed, see `store_pairs`
     guess: bool = True  # select: start the search where a normal distribution has its K-th largest
-    whole: bool = False  # select: `nm` as WHOLE of banks.py where it would be BISECT
-    first: int = 32  # eighths of an octave
+    search: int = 0  # select, where `nm` would be BISECT: that, WHOLE (1), WHOLE that counts in floats (2)
 
 
 @jit(do_not_specialize=_SELECT_VALUES)
@@ -100,7 +99,8 @@ def select_fwd_kernel(
     N: tl.constexpr,
     M: tl.constexpr,
     WAY: tl.constexpr,
-    FIRST: tl.constexpr,
+    CHUNK: tl.constexpr,
+    FLOATS: tl.constexpr,
     KEEP: tl.constexpr,
     FP8: tl.constexpr,
     PACKED: tl.constexpr,
@@ -140,13 +140,14 @@ def select_fwd_kernel(
     if RULE == NM and WAY == WHOLE:
         b_chunk = tl.full((CHUNK // 32,), 0, tl.int32)  # the kept channels of this tile and of others
     for start in range(0, F, ROWS * 32):
+        if RULE == NM and WAY == WHOLE:  # noqa: SIM102 - as above
+            if start % CHUNK == 0:
+                b_chunk = bits_of_chunk(g_ptr, start // 2, F, N, M, CHUNK, FLOATS, ASM)
         b_inside = b_at < F - start
         # Past F: never above a score, and equal to it only beyond the cut.
         b_g = tl.load(g_ptr + start + b_at, mask=b_inside, other=float("-inf"))
         b_u = tl.load(u_ptr + start + b_at, mask=b_inside, other=0.0)
         if RULE == NM and WAY == WHOLE:
-            if start % CHUNK == 0:
-                b_chunk = bits_of_chunk(g_ptr, start // 2, F, N, M, FIRST, ASM)
             b_bits = tl.gather(b_chunk, start % CHUNK // 32 + b_word, 0)
         elif RULE == NM:
             b_bits = bits_in_banks(g_ptr, b_g, start, F, ROWS, N, M, WAY, ASM)
@@ -367,7 +368,8 @@ def select_constants(
         "N": selection.n or 0,
         "M": selection.m or 0,
         "WAY": _way(selection, itemsize, packed, tiling),
-        "FIRST": tiling.first,
+        "CHUNK": CHUNK,
+        "FLOATS": tiling.search == 2,
         "KEEP": keep,
         "FP8": fp8,
         "PACKED": packed and selection.rule != "topk_abs",
@@ -380,10 +382,10 @@ def select_constants(
 
 
 def _way(selection: Selection, itemsize: int, packed: bool, tiling: Tiling) -> int:
-    if not (selection.n and selection.m):
+    if selection.n is None or selection.m is None:
         return 0
     found = way(selection.n, selection.m, itemsize, packed)
-    return WHOLE.value if tiling.whole and found == BISECT.value else found
+    return WHOLE.value if tiling.search > 0 and found == BISECT.value else found
 
 
 def expand_constants(d_ffn: int, width: int, vector: int, fp8: bool, tiling: Tiling) -> dict[str, int]:

@@ -114,18 +114,18 @@ def decode_tiling(d_ffn: int, selection: Selection | None, tokens: int) -> Decod
             cut_apart=True,
         )
     if selection is None:
-        return DecodeTiling(16, 512, 16, 512, 512, down=DownTile(16, 512, 16, blocks=2))
+        blocks = max(1, d_ffn // 1376)
+        return DecodeTiling(16, 512, 16, 512, 512, down=DownTile(8, 1024, 8, blocks))
     if local and bank <= 16:
-        # Some five programs a multiprocessor, each with 16 KB of w_gate on their way.
-        channels = max(bank, min(64, max(8, _power(d_ffn / 1000))))
-        slots = min(16, _power(channels // bank * (selection.n or 1)))
-        return DecodeTiling(channels, max(256, 8192 // channels), slots, min(2048, 4096 // slots), 1024)
+        slots = min(16, _power(32 // bank * (selection.n or 1)))
+        return DecodeTiling(32, 256, slots, 1024, 1024, registers=168, ahead=True, pdl=True)
     if local:  # too few banks to occupy the GPU, each too large for one program
-        return DecodeTiling(bank, 256, 4, 1024, 1024, parts=-(-(selection.n or 1) // 4), gate=Tile(8, 1024))
-    channels = max(16, min(64, _power(d_ffn / 400)))
+        parts = -(-(selection.n or 1) // 4)
+        return DecodeTiling(bank, 256, 4, 1024, 1024, parts, gate=Tile(8, 512), ahead=True, pdl=True)
     return DecodeTiling(
-        channels, 512, 8, 512, 1024, gate=Tile(8, 1024), cut_apart=selection.rule == "topk_abs"
-    )
+        32, 512, 8, 1024, 1024, registers=168, gate=Tile(8, 512),
+        cut_apart=selection.rule == "topk_abs" or d_ffn > 16384, ahead=True, pdl=True,
+    )  # fmt: skip
 
 
 def decode_pass(

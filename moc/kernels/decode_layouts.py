@@ -7,7 +7,6 @@ parts and a second kernel), in how many kernels there are, and in whether they o
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -31,99 +30,98 @@ def layouts(rule: str, d_ffn: int, several: bool) -> list[DecodeTiling]:
 
 
 def _for_banks(today: DecodeTiling) -> Iterator[DecodeTiling]:
-    size = today.channels
-    for factor, columns, warps, unroll, stages in [
-        (1, 1.0, 4, 2, 1), (1, 0.5, 4, 1, 1), (1, 0.5, 4, 2, 1), (1, 2.0, 8, 1, 1), (1, 1.0, 8, 1, 1),
-        (1, 0.5, 4, 1, 3), (1, 1.0, 4, 1, 3), (1, 0.5, 2, 1, 1), (1, 0.25, 2, 2, 1),
-        (2, 0.5, 4, 1, 1), (2, 1.0, 8, 1, 1), (2, 0.25, 4, 1, 4), (4, 0.25, 4, 1, 1), (4, 0.5, 8, 1, 1),
-        (0.5, 2.0, 4, 1, 1), (0.5, 1.0, 2, 1, 1),
+    """One kernel. What decides is how many programs a multiprocessor holds at once, by registers."""
+    for channels, columns, warps, registers, stages, unroll, up_columns in [
+        (16, 512, 4, 168, 1, 1, 2048), (16, 512, 4, 168, 1, 1, 1024), (16, 512, 4, 128, 1, 1, 1024),
+        (16, 256, 4, 128, 1, 1, 1024), (16, 256, 4, 168, 1, 2, 1024), (16, 256, 4, 168, 3, 1, 2048),
+        (16, 256, 4, 128, 3, 1, 1024), (16, 128, 4, 128, 6, 1, 1024), (16, 512, 8, 80, 1, 1, 2048),
+        (16, 512, 8, 80, 3, 1, 2048), (16, 1024, 8, 128, 1, 1, 2048),
+        (32, 256, 4, 0, 1, 1, 2048), (32, 256, 4, 168, 1, 1, 1024), (32, 256, 4, 168, 1, 1, 512),
+        (32, 256, 4, 0, 1, 1, 1024), (32, 128, 4, 168, 4, 1, 1024), (32, 128, 4, 168, 1, 2, 1024),
+        (32, 256, 4, 168, 3, 1, 1024), (32, 256, 4, 0, 3, 1, 1024), (32, 256, 4, 128, 1, 1, 512),
+        (32, 512, 8, 128, 1, 1, 2048), (32, 512, 8, 128, 1, 1, 1024), (32, 256, 8, 128, 1, 1, 2048),
+        (32, 256, 8, 128, 1, 2, 1024), (32, 256, 8, 128, 3, 1, 2048), (32, 512, 8, 0, 1, 1, 2048),
+        (64, 256, 8, 128, 1, 1, 1024), (64, 256, 8, 0, 1, 1, 1024), (64, 128, 8, 128, 4, 1, 1024),
+        (64, 256, 8, 0, 3, 1, 1024), (64, 256, 16, 0, 1, 1, 1024), (64, 512, 16, 0, 1, 1, 2048),
+        (64, 256, 16, 0, 3, 1, 1024),
     ]:  # fmt: skip
-        channels, slots = int(size * factor), max(1, min(32, int(today.slots * factor)))
-        if channels >= 8:
+        if channels >= today.channels // 2:
+            slots = today.slots * channels // today.channels
             yield replace(
-                today, channels=channels, columns=max(64, int(today.columns * columns)), slots=slots,
-                num_warps=warps, unroll=unroll, stages=stages, down_columns=256 * warps,
+                today, channels=channels, columns=columns, slots=slots, num_warps=warps, registers=registers,
+                stages=stages, unroll=unroll, up_columns=up_columns,
             )  # fmt: skip
-    yield replace(today, slots=today.channels, up_columns=today.columns, down_columns=512)
-    yield replace(today, up_columns=max(256, today.up_columns // 2))
-    yield replace(today, up_columns=today.up_columns * 2)
+    yield replace(today, down_columns=512)
     yield replace(today, down_columns=2048)
-    yield from (replace(today, registers=count) for count in (96, 128, 168))
-    yield from _overlapping(today)
-    for down in _downs():
-        yield replace(today, down=down)
-    yield replace(today, down=DownTile(128, 256, 16), pdl=True)
-    yield replace(today, gate=Tile(8, 1024))
-    yield replace(today, gate=Tile(8, 1024), pdl=True)
+    yield from _plainer(today)
+    for channels, slots, columns in [(8, 2, 1024), (16, 4, 512), (32, 8, 256)]:
+        for down in (DownTile(128, 512, 16), DownTile(256, 512, 16), DownTile(256, 256, 16, num_warps=8)):
+            if channels >= today.channels // 4:
+                yield replace(today, channels=channels, slots=slots, columns=columns, down=down)
 
 
 def _for_wide_banks(today: DecodeTiling) -> Iterator[DecodeTiling]:
-    for slots, parts, up_columns, warps in [
-        (4, 3, 1024, 4), (2, 6, 1024, 4), (8, 2, 1024, 4), (16, 1, 512, 4), (4, 3, 2048, 8), (4, 3, 512, 2),
-        (2, 6, 2048, 4), (1, 12, 2048, 4), (4, 4, 512, 4),
+    """Banks too large for several to a program: all in one kernel, or the gates in one of their own."""
+    for columns, stages, warps, slots, up_columns, down_columns in [
+        (256, 1, 8, 16, 512, 2048), (128, 6, 8, 16, 512, 1024), (128, 8, 8, 16, 512, 1024),
+        (256, 3, 8, 16, 512, 1024), (256, 4, 8, 16, 512, 1024), (128, 4, 8, 16, 1024, 1024),
+        (256, 3, 16, 16, 1024, 1024), (512, 2, 16, 16, 1024, 1024), (256, 1, 16, 16, 1024, 2048),
+        (512, 1, 16, 16, 1024, 2048), (256, 4, 16, 16, 1024, 2048), (256, 6, 16, 16, 1024, 2048),
+        (256, 1, 8, 16, 1024, 1024), (256, 1, 8, 4, 2048, 2048), (128, 1, 8, 16, 512, 1024),
+        (128, 4, 4, 16, 512, 512),
     ]:  # fmt: skip
         yield replace(
-            today, slots=slots, parts=parts, up_columns=up_columns, num_warps=warps, down_columns=256 * warps
-        )
+            today, gate=None, parts=1, columns=columns, stages=stages, num_warps=warps, slots=slots,
+            up_columns=up_columns, down_columns=down_columns,
+        )  # fmt: skip
     yield from _gates(today)
-    yield from _overlapping(today)
-    for down in _downs():
-        yield replace(today, down=down)
-    yield replace(today, down=DownTile(128, 256, 16), pdl=True)
-    # All in one kernel, a bank to a program.
-    for columns, up_columns, warps, slots in [
-        (128, 512, 4, 16), (256, 512, 8, 16), (128, 1024, 4, 4), (256, 1024, 8, 4), (128, 512, 8, 8),
+    for slots, parts, up_columns, warps, registers in [
+        (4, 3, 1024, 4, 0), (4, 3, 2048, 4, 168), (16, 1, 512, 4, 0), (16, 1, 512, 8, 128),
+        (16, 1, 1024, 8, 0), (8, 2, 1024, 4, 168), (8, 2, 512, 4, 128), (4, 3, 512, 4, 96),
+        (16, 1, 256, 4, 168),
     ]:  # fmt: skip
-        one = replace(today, gate=None, parts=1, columns=columns, up_columns=up_columns, slots=slots)
-        yield replace(one, num_warps=warps, down_columns=256 * warps)
+        yield replace(
+            today, slots=slots, parts=parts, up_columns=up_columns, num_warps=warps, registers=registers
+        )
+    yield replace(today, down_columns=2048)
+    yield from _plainer(today)
+    yield replace(today, down=DownTile(128, 512, 16))
     yield replace(
-        today, gate=None, parts=1, columns=128, slots=16, up_columns=512, down=DownTile(128, 256, 16)
+        today, gate=None, parts=1, columns=128, slots=16, up_columns=512, down=DownTile(128, 512, 16)
     )
 
 
-def _overlapping(today: DecodeTiling) -> Iterator[DecodeTiling]:
-    yield replace(today, prefetch=2048)
-    yield replace(today, pdl=True)
-    yield replace(today, pdl=True, prefetch=2048)
+def _plainer(today: DecodeTiling) -> Iterator[DecodeTiling]:
+    yield replace(today, ahead=not today.ahead)
+    yield replace(today, pdl=not today.pdl)
+    yield replace(today, ahead=not today.ahead, pdl=not today.pdl)
 
 
 def _gates(today: DecodeTiling) -> Iterator[DecodeTiling]:
     for gate in [
-        Tile(4, 2048), Tile(16, 512), Tile(8, 512), Tile(8, 512, unroll=2), Tile(8, 1024, unroll=2),
-        Tile(8, 2048, 8), Tile(16, 1024, 8), Tile(8, 1024, stages=3), Tile(16, 512, stages=4),
-        Tile(4, 1024, 2), Tile(32, 256),
+        Tile(8, 512), Tile(4, 1024), Tile(4, 2048), Tile(16, 512), Tile(8, 512, unroll=2), Tile(16, 256),
+        Tile(8, 1024), Tile(4, 1024, 2), Tile(8, 512, stages=3), Tile(16, 512, stages=3), Tile(8, 1024, 8),
     ]:  # fmt: skip
         yield replace(today, gate=gate)
 
 
-def _downs() -> Iterator[DownTile]:
-    yield DownTile(128, 256, 16)
-    yield DownTile(64, 256, 16)
-    yield DownTile(128, 512, 16)
-    yield DownTile(64, 512, 16, num_warps=8)
-    yield DownTile(256, 128, 32)
-    yield DownTile(32, 512, 32)  # masked
-
-
 def _for_topk(today: DecodeTiling) -> Iterator[DecodeTiling]:
     yield from _gates(today)
-    for channels, slots, warps in itertools.product((16, 32, 64), (4, 8, 16), (4, 8)):
-        if slots < channels:
-            yield replace(today, channels=channels, slots=slots, num_warps=warps, down_columns=256 * warps)
-    yield replace(today, slots=today.channels, up_columns=512, down_columns=512)
-    yield replace(today, up_columns=256)
-    yield replace(today, up_columns=1024)
-    yield replace(today, up_columns=2048)
-    yield replace(today, unroll=2)
-    yield replace(today, registers=128)
-    yield replace(today, registers=168)
-    yield replace(today, registers=128, channels=16, up_columns=512)
-    yield replace(today, cut_apart=True)
-    yield from _overlapping(today)
-    yield replace(today, pdl=True, cut_apart=True)
-    for down in _downs():
-        yield replace(today, down=down)
-    yield replace(today, down=DownTile(128, 256, 16), pdl=True)
+    for channels, slots, up_columns, warps, registers in [
+        (16, 8, 1024, 4, 168), (16, 8, 512, 4, 168), (16, 4, 2048, 4, 168), (16, 4, 1024, 4, 128),
+        (32, 8, 1024, 4, 168), (32, 8, 1024, 4, 0), (32, 16, 512, 4, 0), (32, 16, 512, 4, 168),
+        (32, 16, 1024, 8, 0), (32, 16, 1024, 8, 128), (32, 8, 2048, 8, 128), (32, 8, 1024, 8, 128),
+        (64, 16, 512, 8, 128), (64, 16, 1024, 8, 0), (64, 16, 512, 4, 0), (64, 16, 512, 4, 168),
+    ]:  # fmt: skip
+        for cut_apart in (False, True):
+            yield replace(
+                today, channels=channels, slots=slots, up_columns=up_columns, num_warps=warps,
+                registers=registers, cut_apart=cut_apart,
+            )  # fmt: skip
+    yield replace(today, down_columns=512)
+    yield replace(today, down_columns=2048)
+    yield from _plainer(today)
+    yield replace(today, down=DownTile(128, 512, 16))
 
 
 def _for_dense(today: DecodeTiling) -> Iterator[DecodeTiling]:
@@ -138,12 +136,11 @@ def _for_dense(today: DecodeTiling) -> Iterator[DecodeTiling]:
     yield replace(today, stages=3)
     for rows, columns, blocks, warps in [
         (16, 512, 1, 4), (16, 512, 4, 4), (32, 256, 1, 4), (32, 256, 2, 4), (16, 1024, 2, 8), (32, 512, 2, 8),
-        (8, 1024, 4, 4), (64, 256, 1, 8),
+        (8, 1024, 4, 4), (8, 1024, 8, 4), (8, 2048, 4, 8), (16, 512, 8, 4), (32, 256, 4, 4),
     ]:  # fmt: skip
         yield replace(today, down=DownTile(rows, columns, rows, blocks, warps))
     yield replace(today, down=replace(today.down, stages=3, blocks=4))
-    yield replace(today, pdl=True)
-    yield replace(today, pdl=True, prefetch=2048)
+    yield replace(today, pdl=not today.pdl)
 
 
 def _for_several(today: DecodeTiling, selection: Selection | None) -> Iterator[DecodeTiling]:
@@ -167,6 +164,6 @@ def _for_several(today: DecodeTiling, selection: Selection | None) -> Iterator[D
     ]:  # fmt: skip
         yield replace(today, down=DownTile(rows, columns, rows, blocks, warps, stages))
     yield replace(today, down=DownTile(128, 64, 32, blocks=4))
-    yield replace(today, pdl=True)
+    yield from _plainer(today)
     if selection is not None:
         yield replace(today, down=None, down_columns=128)

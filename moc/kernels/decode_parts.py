@@ -28,7 +28,8 @@ def prefetch(w_ptr, b_row, b_used, D, PIECES: tl.constexpr):
     b_size = (tl.minimum(size, D * BYTES - b_start) & -16)[None, :] * b_used.to(tl.int32)[:, None]
     b_address = ((w_ptr + b_row * D).to(tl.int64)[:, None] + b_start[None, :]) & -16
     tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.gt.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0; }",
+        "{ .reg .pred p; setp.gt.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2;"
+        " mov.b32 $0, 0; }",
         "=r,l,r", [b_address, b_size], dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 

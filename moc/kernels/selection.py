@@ -154,6 +154,53 @@ def compare_pairs(pairs, twice, DTYPE: tl.constexpr, ASM: tl.constexpr):
 
 
 @jit
+def pairs_above(pairs, twice, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """As `compare_pairs`, but where the gate is greater, or NaN."""
+    if ASM and DTYPE == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "set.gtu.u32.bf16x2 $0, $1, $2;", "=r,r,r", [pairs, twice], dtype=tl.int32, is_pure=True, pack=1
+        )
+    elif ASM:
+        return tl.inline_asm_elementwise(
+            "set.gtu.u32.f16x2 $0, $1, $2;", "=r,r,r", [pairs, twice], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        b_low = half(pairs, DTYPE) <= half(twice, DTYPE)
+        b_high = half(pairs >> 16, DTYPE) <= half(twice >> 16, DTYPE)
+        return tl.where(b_low, 0, 0xFFFF) | tl.where(b_high, 0, -65536)
+
+
+@jit
+def ones_of_pairs(pairs, twice, DTYPE: tl.constexpr):
+    """As `compare_pairs`, but one instead of -1, as two floats."""
+    if DTYPE == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "set.geu.bf16x2.bf16x2 $0, $1, $2;",
+            "=r,r,r",
+            [pairs, twice],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            "set.geu.f16x2.f16x2 $0, $1, $2;", "=r,r,r", [pairs, twice], dtype=tl.int32, is_pure=True, pack=1
+        )
+
+
+@jit
+def add_pairs(pairs, others, DTYPE: tl.constexpr):
+    if DTYPE == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "add.rn.bf16x2 $0, $1, $2;", "=r,r,r", [pairs, others], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            "add.rn.f16x2 $0, $1, $2;", "=r,r,r", [pairs, others], dtype=tl.int32, is_pure=True, pack=1
+        )
+
+
+@jit
 def larger_pairs(pairs, others, DTYPE: tl.constexpr, ASM: tl.constexpr):
     """Per half of a word the larger of two gates; NaN if either is."""
     if ASM and DTYPE == tl.bfloat16:

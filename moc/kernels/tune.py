@@ -91,6 +91,9 @@ def candidates(d_ffn: int) -> Iterator[Candidate]:
             tilings += [replace(today, guess=False), replace(today, rows=today.rows // 2, vector=1)]
             if today.num_warps > 1:
                 tilings.append(replace(today, num_warps=today.num_warps // 2, rows=today.rows // 2))
+        if rule == "nm:12:64":
+            searches = itertools.product((1, 2), (8, 16))
+            tilings += [replace(today, search=search, rows=rows) for search, rows in searches]
         yield from (Candidate("select", rule, d_ffn, tiling) for tiling in dict.fromkeys(tilings))
     yield Candidate(
         "select", RULES[0], d_ffn, select_tiling(d_ffn, parse_selection(RULES[0]), True), fp8=True

@@ -186,6 +186,27 @@ def test_every_way_through_a_bank(method: int, device: str, monkeypatch: pytest.
         assert_selected(*rows(2, 200, torch.bfloat16, device), parse_selection(rule))
 
 
+@pytest.mark.parametrize("search", [1, 2])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("rule", ["nm:12:64", "nm:9:32"])
+def test_whole_banks_in_a_lane(rule: str, dtype: str, search: int, device: str) -> None:
+    """The search in chunks agrees with the reference: a tail, ties, both zeros, infinity, NaN."""
+    if device == "cpu" and (search == 2 or (rule, dtype) == ("nm:9:32", "fp16")):
+        pytest.skip("interpreted, nothing differs from another case")
+    selection, d_ffn = parse_selection(rule), 2048 + 72
+    g, u = rows(1, d_ffn, DTYPES[dtype], device)
+    g[:, 64:192] = (g[:, 64:192] * 2).round() / 2
+    g[:, 192:256] = -0.0
+    g[:, 192:256:3] = 0.0
+    g[:, 256:320] = -math.inf
+    g[:, 320:512:5] = math.inf
+    expected = select_mask(g, selection)
+    g[:, 320:512:10] = math.nan
+    _z, kept, _overflow = select(g, u, selection, Tiling(1, 8, 8, search=search))
+    assert torch.equal(unpack_bitmask(kept.bitmask, d_ffn), expected)
+    assert torch.equal(kept.pairs[..., 1], gathered(u, expected, selection.k(d_ffn)))
+
+
 def test_tuned_ways_are_taken() -> None:
     """2:8 of 16-bit gates and 12:64 of packed ones take the tuned ways; anything else the general one."""
     assert way(2, 8, itemsize=2, packed=False) == EXTRACT
