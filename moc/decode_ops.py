@@ -17,7 +17,7 @@ from moc.ops import autocast_cast, check_ffn_inputs, compute_dtype
 from moc.selection import Selection, parse_selection
 
 # The most tokens for which the decoding kernels are used, by rule.
-CROSSOVER = {"nm": 4, "topk": 4, "topk_abs": 4, "threshold": 4}
+CROSSOVER = {"nm": 16, "topk": 4, "topk_abs": 4, "threshold": 4}
 DECODE_DTYPES = (torch.bfloat16, torch.float16)
 MAX_D_FFN = 65534  # two counts share a 32-bit word
 

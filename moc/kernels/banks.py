@@ -149,14 +149,14 @@ def _bisect(
     if F % (ROWS * 32) != 0:
         b_equal = b_equal & (tl.arange(0, ROWS)[:, None] * 32 + tl.arange(0, 32)[None, :] < F - start)
     b_equal = tl.reshape(_word(b_equal), (BANKS, M // 32))
-    return b_greater | tl.reshape(_lowest(b_equal, N - b_above, ASM), (ROWS,))
+    b_count = popcount(b_equal, ASM)
+    b_wanted = (N - b_above)[:, None] - (running_total(b_count, 1) - b_count)
+    return b_greater | tl.reshape(_lowest(b_equal, b_count, b_wanted), (ROWS,))
 
 
 @jit
-def _lowest(b_equal, b_wanted, ASM: tl.constexpr):
-    """Of the bits of a bank's words [BANKS, words] the lowest `b_wanted` [BANKS]."""
-    b_count = popcount(b_equal, ASM)
-    b_wanted = b_wanted[:, None] - (running_total(b_count, 1) - b_count)
+def _lowest(b_equal, b_count, b_wanted):
+    """Of the `b_count` bits set in words [BANKS, words] the lowest `b_wanted`, none if negative."""
     b_all = b_wanted >= b_count  # nearly always
     b_wanted = tl.where(b_all, 0, tl.maximum(b_wanted, 0))
     b_keep = tl.where(b_all, b_equal, 0)
@@ -254,8 +254,13 @@ def bits_of_chunk(
     if largest(total(popcount(b_from, ASM), 1), 0) > N:
         b_above = _words_of(b_pieces, b_low, True, BANKS, M, DTYPE, ASM)
         b_above = tl.where(b_low[:, None] < INFINITY, b_above, 0)  # NaN ranks as infinity
-        b_wanted = N - total(popcount(b_above, ASM), 1)
-        b_from = b_above | _lowest(b_from ^ b_above, b_wanted, ASM)
+        b_equal = b_from ^ b_above
+        b_count = popcount(b_equal, ASM)
+        b_wanted = (N - total(popcount(b_above, ASM), 1))[:, None]
+        if M == 64:  # what the first word has the second need not; a scan would say the same
+            b_before = total(b_count, 1)[:, None] - b_count
+            b_wanted -= tl.where(tl.arange(0, 2)[None, :] == 1, b_before, 0)
+        b_from = b_above | _lowest(b_equal, b_count, b_wanted)
     return tl.reshape(b_from, (CHUNK // 32,))
 
 

@@ -406,7 +406,7 @@ def select_tiling(d_ffn: int, selection: Selection, packed: bool) -> Tiling:
     Measured by tune.py on an H100 (docs/measured.md, 2026-11-26).
     """
     if selection.rule == "nm":
-        return Tiling(num_warps=1, rows=8 if selection.m < 32 else 16, vector=8)
+        return Tiling(num_warps=1, rows=8, vector=8, search=2)
     # The row is held by one warp up to so many channels.
     channels = 32 * (48 if selection.rule == "topk_abs" else 192 if packed else 96)
     num_warps = min(16, 1 << max(0, math.ceil(math.log2(d_ffn / channels))))

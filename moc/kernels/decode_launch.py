@@ -97,8 +97,11 @@ class Rows:
     scales: Tensor | None = None
 
 
-def decode_tiling(d_ffn: int, selection: Selection | None, tokens: int) -> DecodeTiling:
-    """The tiling for a width, a rule (None: dense) and a number of tokens."""
+def decode_tiling(d_ffn: int, selection: Selection | None, tokens: int, int8: bool = False) -> DecodeTiling:
+    """The tiling for a width, a rule (None: dense) and a number of tokens, and whether weights are int8.
+
+    Measured by tune_decode.py on an H100 (docs/measured.md, 2026-11-26).
+    """
     local = selection is not None and selection.rule == "nm"
     bank = 1 if selection is None else _bank_width(selection)
     if tokens > 1:
@@ -110,22 +113,35 @@ def decode_tiling(d_ffn: int, selection: Selection | None, tokens: int) -> Decod
             down_columns=128,
             stages=4,
             gate=None if local or selection is None else Tile(16, 128, stages=4),
-            down=DownTile(32, 128, 32, blocks=max(1, d_ffn // 384), stages=4),
+            down=_down_of_many(d_ffn, selection, tokens),
             cut_apart=True,
         )
+    if selection is None and int8:
+        return DecodeTiling(4, 1024, 4, 1024, 1024, down=DownTile(32, 256, 32, blocks=4))
     if selection is None:
         blocks = max(1, d_ffn // 1376)
         return DecodeTiling(16, 512, 16, 512, 512, down=DownTile(8, 1024, 8, blocks))
     if local and bank <= 16:
         slots = min(16, _power(32 // bank * (selection.n or 1)))
-        return DecodeTiling(32, 256, slots, 1024, 1024, registers=168, ahead=True, pdl=True)
+        if int8:
+            return DecodeTiling(32, 256, slots, 1024, 2048, stages=3, registers=168, pdl=True)
+        return DecodeTiling(32, 256, slots, 1024, 1024, registers=168, pdl=True)
     if local:  # too few banks to occupy the GPU, each too large for one program
         parts = -(-(selection.n or 1) // 4)
-        return DecodeTiling(bank, 256, 4, 1024, 1024, parts, gate=Tile(8, 512), ahead=True, pdl=True)
+        return DecodeTiling(bank, 256, 4, 2048, 2048, parts, gate=Tile(4, 2048), registers=168, pdl=True)
     return DecodeTiling(
-        32, 512, 8, 1024, 1024, registers=168, gate=Tile(8, 512),
-        cut_apart=selection.rule == "topk_abs" or d_ffn > 16384, ahead=True, pdl=True,
+        32, 512, 8, 1024, 2048 if int8 else 1024, registers=168, gate=Tile(4, 2048),
+        cut_apart=selection.rule == "topk_abs" or d_ffn > 16384, pdl=True,
     )  # fmt: skip
+
+
+def _down_of_many(d_ffn: int, selection: Selection | None, tokens: int) -> DownTile | None:
+    """For more than one token: None where float atomics into y are faster than a kernel of its own."""
+    if selection is None:
+        return DownTile(32, 128, 32, blocks=max(1, d_ffn // 384), stages=4)
+    if tokens <= 4 and (d_ffn <= 8192 or _bank_width(selection) > 16):
+        return None
+    return DownTile(32, 256, 32, blocks=16, stages=3)
 
 
 def decode_pass(
@@ -147,7 +163,7 @@ def decode_pass(
     tokens, d = x.shape
     d_ffn = rows.gate.shape[0]
     if tiling is None:
-        tiling = decode_tiling(d_ffn, selection, tokens)
+        tiling = decode_tiling(d_ffn, selection, tokens, int8=rows.scales is not None)
         if torch.are_deterministic_algorithms_enabled() and not tiling.deterministic:
             tiling = replace(tiling, down=DownTile(64, 256, 16))
     _check_tiling(selection, tokens, tiling)
