@@ -139,6 +139,8 @@ def unsupported_reason(point: Point, device: str) -> str | None:
     decodes = point.workload in ("ffn_decode", "generate")
     if decodes and not method.decode:
         return f"method {method.name} does not decode"
+    if point.workload == "generate" and method.generate_refusal is not None:
+        return f"method {method.name} does not generate: {method.generate_refusal}"
     if not decodes and not method.backward:
         return f"method {method.name} has no backward pass"
     if point.workload in WHOLE_MODEL:

@@ -42,13 +42,14 @@ _SPARE = tuple((colour, marker) for marker in ("v", "P", "X", "*") for colour in
 _DENSE: dict[str, tuple[str, Any]] = {
     "dense": ("#8C8C8C", (0, (6, 2))),
     "dense_compiled": ("#000000", "-"),
+    "dense_autotuned": ("#262626", (0, (12, 2))),
     "dense_fused": ("#3F3F3F", (0, (8, 2, 1, 2))),
     "dense_liger": ("#5C5C5C", (0, (4, 1, 1, 1, 1, 1))),
     "dense_recompute": ("#A6A6A6", (0, (1, 1))),
     "dense_gu": ("#737373", (0, (3, 2))),
-    "dense_fp8": ("#B8B8B8", (0, (5, 1, 1, 1))),
-    "dense_int8": ("#4D4D4D", (0, (2, 2))),
 }
+# Dense as to selection, but rounded: no baseline, so drawn as the points that are judged, in grey.
+_ROUNDED: dict[str, tuple[str, str]] = {"dense_fp8": ("#8C8C8C", "<"), "dense_int8": ("#4D4D4D", ">")}
 # Line style, filling and hatch of a sparse method.
 _METHODS: dict[str, tuple[Any, str, str]] = {
     "moc": ("-", "full", ""),
@@ -89,6 +90,8 @@ def look(method: str, rule: str, *, dense: bool) -> Look:
         return Look(label, color, "", line, "full", "")
     if rule in _RULES and method in _METHODS:
         color, marker = _RULES[rule]
+    elif method in _ROUNDED:
+        color, marker = _ROUNDED[method]
     else:
         name = rule if method in _METHODS else f"{method} {rule}"
         color, marker = _SPARE[zlib.crc32(name.encode()) % len(_SPARE)]

@@ -42,6 +42,14 @@ ALL_DEVICES = frozenset({"cpu", "cuda"})
 Reference = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, "Selection | None"], FfnGrads]
 
 
+def _wide_row_bytes(d_model: int, itemsize: int) -> int:
+    return d_model * itemsize
+
+
+def _int8_row_bytes(d_model: int, _itemsize: int) -> int:
+    return d_model + 4  # and a float32 scale
+
+
 @dataclass(frozen=True)
 class Method:
     """One way to compute a feed-forward network, with what it is able to do."""
@@ -64,6 +72,9 @@ class Method:
     # (shape, k, itemsize) -> bytes kept per token between forward and backward, x included and weights not;
     # None: not known by formula
     saved_bytes_per_token: Callable[[FfnShape, int, int], float] | None = None
+    # (d_model, itemsize) -> bytes of one row of w_gate, w_up or w_down as decoding reads it
+    row_bytes: Callable[[int, int], int] = _wide_row_bytes
+    generate_refusal: str | None = None  # why it cannot be compared in `generate`; None: it can
 
     def compiles_on(self, device_type: str) -> bool:
         """Whether torch.compile is applied on this device.
@@ -176,6 +187,8 @@ def _compact_fp8_bytes(shape: FfnShape, k: int, itemsize: int) -> float:
 def _compact_bytes(shape: FfnShape, k: int, itemsize: int) -> float:
     return (shape.d_model + 2 * k) * itemsize + 4 * n_words(shape.d_ffn)
 
+
+_NOT_COMPILED = "its layers are not compiled, so its whole model would run eagerly beside compiled ones"
 
 METHODS: dict[str, Method] = {
     method.name: method
@@ -308,6 +321,8 @@ METHODS: dict[str, Method] = {
             dtypes=frozenset({"fp16", "bf16"}),
             device_types=frozenset({"cuda"}),
             backward=False,
+            row_bytes=_int8_row_bytes,
+            generate_refusal=_NOT_COMPILED,
         ),
         Method(
             name="moc_int8",
@@ -319,6 +334,8 @@ METHODS: dict[str, Method] = {
             dtypes=frozenset({"fp16", "bf16"}),
             device_types=frozenset({"cuda"}),
             backward=False,
+            row_bytes=_int8_row_bytes,
+            generate_refusal=_NOT_COMPILED,
         ),
     )
 }

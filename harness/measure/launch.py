@@ -240,16 +240,17 @@ def _in_a_row(call: Callable[[], object], repeats: int) -> Callable[[], None]:
     return run
 
 
-def rotated_copies(copy_bytes: int, device: torch.device) -> int:
+def rotated_copies(read_bytes: float, device: torch.device) -> int:
     """How many copies of weights a `rotated` call must go over so that each is cold at its turn.
 
-    On CUDA one more than fill four times the L2. On the CPU, where a flush precedes every sample, all are
-    cold however few they are; a handful makes the call longer than the clock's grain.
+    `read_bytes` is what the call surely reads of each copy: what it leaves alone evicts nothing. On CUDA one
+    more than fill four times the L2. On the CPU, where a flush precedes every sample, all are cold however
+    few they are; a handful makes the call longer than the clock's grain.
     """
     if device.type != "cuda":
         return _CPU_COPIES
     cache = FLUSH_FACTOR * torch.cuda.get_device_properties(device).L2_cache_size
-    return 1 + math.ceil(cache / copy_bytes)
+    return 1 + math.ceil(cache / read_bytes)
 
 
 def cpu_flush_bytes() -> int:

@@ -77,14 +77,18 @@ def train_min_bytes(
     )
 
 
-def decode_min_bytes(shape: FfnShape, batch: int, itemsize: int, channels_read: int) -> float:
+def decode_min_bytes(
+    shape: FfnShape, batch: int, itemsize: int, channels_read: int, row_bytes: int | None = None
+) -> float:
     """Minimal traffic of one decoding step: all of w_gate, `channels_read` rows of w_up and w_down, x and y.
 
     `channels_read` is d_ffn for a dense method, else the number of channels that any token of the batch
-    keeps.
+    keeps. `itemsize` is that of x and y, and of the weights unless `row_bytes` says what a row of theirs
+    takes.
     """
-    rows = shape.d_ffn + 2 * channels_read
-    return float((rows + 2 * batch) * shape.d_model * itemsize)
+    activation = shape.d_model * itemsize
+    row = activation if row_bytes is None else row_bytes
+    return float((shape.d_ffn + 2 * channels_read) * row + 2 * batch * activation)
 
 
 def count_flops(call: Callable[[], object]) -> int | None:

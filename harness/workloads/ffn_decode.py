@@ -3,8 +3,9 @@ process.
 
 At these sizes the weights are the traffic, and whether they are in the L2 decides the time. In a model they
 never are: a layer's turn comes again after all other layers. So every call goes over enough copies of the
-weights (together more than four times the L2) for each to be evicted before its turn, all inside one CUDA
-graph, and the time is per copy. All methods use the same copies.
+weights for each to be evicted before its turn, all inside one CUDA graph, and the time is per copy. All
+methods use the same copies: so many that the one that reads the least of each reads more than four times the
+L2 in all.
 """
 
 from __future__ import annotations
@@ -84,13 +85,26 @@ def run(job: Job, report: Reporter) -> None:
     """Measure the points of a group; see the module. Raises as `harness.workloads.ffn_train.run` does."""
     group = open_group(job)
     load_libraries(group.device, group.dtype)
-    copies = _weight_copies(group.shape, group.tokens, group.dtype, group.device, group.seed)
+    entries = []
+    for point in group.points:
+        report.start(point)
+        entry = _open(group, point, report)
+        if entry is not None:
+            entries.append(entry)
+    if not entries:
+        return
+    least_read, leanest = min(
+        ((_least_read(entry, group.shape, group.dtype.itemsize), entry) for entry in entries),
+        key=lambda pair: pair[0],
+    )
+    report.start(leanest.point)  # without it fewer copies would do, should they not fit
+    copies = _weight_copies(least_read, group.shape, group.tokens, group.dtype, group.device, group.seed)
     bench = _Bench(group, job.measure, report, copies, roofline.ensure_ceilings(group.device))
     candidates = []
-    for number, point in enumerate(group.points):
-        report.start(point)
-        report.progress(point, 0.5 * number / len(group.points), "checking")
-        candidate = _admit(bench, point)
+    for number, entry in enumerate(entries):
+        report.start(entry.point)
+        report.progress(entry.point, 0.5 * number / len(entries), "checking")
+        candidate = _admit(bench, entry)
         if candidate is not None:
             candidates.append(candidate)
     candidates, times = _time_all(bench, candidates)
@@ -101,11 +115,30 @@ def run(job: Job, report: Reporter) -> None:
         _report_candidate(bench, candidate, candidates, times)
 
 
+def _open(group: Group, point: Point, report: Reporter) -> Entry | None:
+    """The point's entry; None after it was finished as unsupported."""
+    entry = open_entry(group, point, report, train=False)
+    if entry is not None and group.n_layers != 1:
+        report.finish(point, "unsupported", f"ffn_decode measures one layer, not n_layers={group.n_layers}")
+        return None
+    return entry
+
+
+def _least_read(entry: Entry, shape: FfnShape, itemsize: int) -> float:
+    """Bytes of one copy of the weights that a step surely reads: with a selection, those of one token."""
+    selection, row_bytes = entry.selection, entry.method.row_bytes(shape.d_model, itemsize)
+    if selection is None:
+        channels = shape.d_ffn
+    else:
+        channels = 0 if selection.rule == "threshold" else selection.k(shape.d_ffn)  # that K is a cap
+    return roofline.decode_min_bytes(shape, 0, itemsize, channels, row_bytes)
+
+
 def _weight_copies(
-    shape: FfnShape, batch: int, dtype: torch.dtype, device: torch.device, seed: int
+    least_read: float, shape: FfnShape, batch: int, dtype: torch.dtype, device: torch.device, seed: int
 ) -> list[FfnTensors]:
     """As many copies of the weights as the rotation needs, each of its own values."""
-    count = rotated_copies(shape.n_params() * dtype.itemsize, device)
+    count = rotated_copies(least_read, device)
     return [natural_tensors(shape, batch, dtype, device, seed + 1000 * copy) for copy in range(count)]
 
 
@@ -118,15 +151,9 @@ def _decode_call(layers: Sequence[nn.Module], x: Tensor) -> Callable[[], None]:
     return call
 
 
-def _admit(bench: _Bench, point: Point) -> _Candidate | None:
-    """The point ready to be timed; None after it was finished as unsupported, out of memory or wrong."""
-    group, report = bench.group, bench.report
-    entry = open_entry(group, point, report, train=False)
-    if entry is None:
-        return None
-    if group.n_layers != 1:
-        report.finish(point, "unsupported", f"ffn_decode measures one layer, not n_layers={group.n_layers}")
-        return None
+def _admit(bench: _Bench, entry: Entry) -> _Candidate | None:
+    """The entry ready to be timed; None after it was finished as unsupported, out of memory or wrong."""
+    group, report, point = bench.group, bench.report, entry.point
     try:
         first_layer = make_layer(group, entry, bench.copies[0])
     except ValueError as error:
@@ -208,7 +235,9 @@ def _report_candidate(
     report_estimate(report, entry.point, "tokens_per_s", stats.rate(group.tokens * 1e3, time), times)
     report_speedup(group, report, entry, [other.entry for other in candidates], times)
     channels = _channels_read(bench, candidate)
-    min_bytes = roofline.decode_min_bytes(group.shape, group.tokens, group.dtype.itemsize, channels)
+    itemsize = group.dtype.itemsize
+    row_bytes = entry.method.row_bytes(group.shape.d_model, itemsize)
+    min_bytes = roofline.decode_min_bytes(group.shape, group.tokens, itemsize, channels, row_bytes)
     # Of the products the function needs, each of a channel that some token keeps; far below the traffic here.
     flops = 2.0 * group.tokens * group.shape.d_model * (group.shape.d_ffn + 2 * channels)
     floor = roofline.floor_ms(flops, min_bytes, bench.ceilings, group.dtype_name)
@@ -266,7 +295,8 @@ def check_against_profiler(
         raise ValueError(f"the profiler check needs a CUDA device, not {device.type}")
     dtype = DTYPES[dtype_name]
     load_libraries(device, dtype)
-    copies = _weight_copies(shape, batch, dtype, device, seed=0)
+    all_read = float(shape.n_params() * dtype.itemsize)
+    copies = _weight_copies(all_read, shape, batch, dtype, device, seed=0)
     dense = get_method("dense").make(shape, None).to(device, dtype)
     layers = [with_weights(dense, tensors) for tensors in copies]
     contender = Contender("dense", _decode_call(layers, copies[0].x), calls=len(layers))

@@ -110,6 +110,8 @@ def open_entry(group: Group, point: Point, report: Reporter, *, train: bool) -> 
             reason = f"method {method.name} has no backward"
         if reason is None and not train and not method.decode:
             reason = f"method {method.name} does not decode"
+        if reason is None and point.workload == "generate" and method.generate_refusal is not None:
+            reason = f"method {method.name} does not generate: {method.generate_refusal}"
     except ValueError as error:  # a wrong name or rule; the message is one line for people
         reason = str(error)
     if reason is not None:

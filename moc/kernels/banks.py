@@ -1,15 +1,14 @@
 """`nm` selection: which n gates of each bank of m neighbouring channels are the largest. Device functions.
 
-A tail bank of t < m channels keeps min(n, t). Four ways, all exact, equal gates to the lowest channel:
+A tail bank of t < m channels keeps min(n, t). Three ways, all exact, equal gates to the lowest channel:
 
 RANK     any n and m, any dtype: a channel counts those of its bank that beat it, read again from L1; m
          comparisons per channel.
 EXTRACT  n <= 4, m a power of two, 16-bit gates: the bank's largest is removed n - 1 times.
 BISECT   m = 32 or 64, 16-bit gates: the bank's nth largest is searched by counting, packed two channels to a
-         register; a lane holds 16 channels of a bank, so that few counts cross lanes. The search starts four
-         octaves below the bank's largest, where the nth largest nearly always lies: 10 rounds, not 16.
-WHOLE    as BISECT, but for 2048 channels at once and with whole banks in a lane, so that no count crosses
-         lanes; the tiles that follow take their words of bits from it.
+         register. The search starts four octaves below the bank's largest, where the nth largest nearly
+         always lies: 10 rounds, not 16. It is made for 2048 channels at once, whole banks in a lane, so that
+         no count crosses lanes; the tiles that follow take their words of bits from it.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-redef, assignment"
@@ -19,27 +18,24 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from moc.kernels.primitives import jit, largest, popcount, ranked, running_total, total
+from moc.kernels.primitives import jit, largest, popcount, ranked, total
 from moc.kernels.selection import (
-    add_pairs,
     compare_pairs,
     half,
     key_bits,
-    key_score,
     larger_pairs,
-    ones_of_pairs,
     padded_pairs,
     pairs_above,
     pairs_counted,
 )
 
-RANK, EXTRACT, BISECT, WHOLE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
-CHUNK = 2048  # channels whose banks WHOLE searches at once: 32 banks of 64, one in each lane
+RANK, EXTRACT, BISECT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+CHUNK = 2048  # channels whose banks BISECT searches at once: 32 banks of 64, one in each lane
 _LEAST = tl.constexpr(-(1 << 31))
 
 
 def way(n: int, m: int, itemsize: int, packed: bool) -> int:
-    """The fastest of the first three for n:m; `packed`: gates are of 16 bits and can be compared in pairs."""
+    """The fastest for n:m; `packed`: gates are of 16 bits and can be compared in pairs."""
     if m & (m - 1) == 0:
         if n <= 4 and itemsize == 2:
             return EXTRACT.value
@@ -60,15 +56,13 @@ def bits_in_banks(
     WAY: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """The channels of a tile that are kept, as the bits of [ROWS] words.
+    """The channels of a tile that are kept, as the bits of [ROWS] words, by RANK or EXTRACT.
 
     The tile is the channels from `start`, a multiple of ROWS * 32, of the row at `row_ptr`; `b_gate`
     [ROWS, 32] are its gates, minus infinity past F.
     """
     if WAY == EXTRACT:
         return _extract(b_gate, start, F, ROWS, N, M, ASM)
-    elif WAY == BISECT:
-        return _bisect(row_ptr, b_gate, start, F, ROWS, N, M, ASM)
     else:
         return _rank(row_ptr, b_gate, start, F, ROWS, N, M, ASM)
 
@@ -127,34 +121,6 @@ def _extract(
 
 
 @jit
-def _bisect(
-    row_ptr,
-    b_gate,
-    start,
-    F: tl.constexpr,
-    ROWS: tl.constexpr,
-    N: tl.constexpr,
-    M: tl.constexpr,
-    ASM: tl.constexpr,
-):
-    DTYPE: tl.constexpr = row_ptr.dtype.element_ty
-    BANKS: tl.constexpr = ROWS * 32 // M
-    b_first, b_second = _load_banks(row_ptr, start, F, BANKS, M, DTYPE)  # [BANKS, M / 16, 4] pairs each
-    b_low, b_above = _nth_of_banks(b_first, b_second, N, BANKS, DTYPE, ASM)
-    # Per word: its bank's nth largest, and how many of those equal to it are wanted.
-    b_nth = _for_words(key_score(b_low, DTYPE), BANKS, M)
-    b_score = ranked(b_gate.to(tl.float32), ASM)
-    b_greater = _word(b_score > b_nth[:, None])
-    b_equal = b_score == b_nth[:, None]
-    if F % (ROWS * 32) != 0:
-        b_equal = b_equal & (tl.arange(0, ROWS)[:, None] * 32 + tl.arange(0, 32)[None, :] < F - start)
-    b_equal = tl.reshape(_word(b_equal), (BANKS, M // 32))
-    b_count = popcount(b_equal, ASM)
-    b_wanted = (N - b_above)[:, None] - (running_total(b_count, 1) - b_count)
-    return b_greater | tl.reshape(_lowest(b_equal, b_count, b_wanted), (ROWS,))
-
-
-@jit
 def _lowest(b_equal, b_count, b_wanted):
     """Of the `b_count` bits set in words [BANKS, words] the lowest `b_wanted`, none if negative."""
     b_all = b_wanted >= b_count  # nearly always
@@ -169,60 +135,6 @@ def _lowest(b_equal, b_count, b_wanted):
 
 
 @jit
-def _for_words(values, BANKS: tl.constexpr, M: tl.constexpr):
-    """[BANKS] values repeated for each word of a bank: [BANKS * M / 32]."""
-    return tl.reshape(tl.broadcast_to(values[:, None], (BANKS, M // 32)), (BANKS * M // 32,))
-
-
-@jit
-def _load_banks(row_ptr, start, F: tl.constexpr, BANKS: tl.constexpr, M: tl.constexpr, DTYPE: tl.constexpr):
-    """The gates of BANKS banks from `start`, packed, as two [BANKS, M / 16, 4]: 16 channels in a lane."""
-    b_pair = (
-        tl.arange(0, BANKS)[:, None, None] * (M // 2)
-        + tl.arange(0, M // 16)[None, :, None] * 8
-        + tl.arange(0, 4)[None, None, :]
-    )
-    b_ptr = row_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + start // 2 + b_pair
-    b_first = padded_pairs(b_ptr, 2 * b_pair, F - start, F % 2 == 1, DTYPE)
-    b_second = padded_pairs(b_ptr + 4, 2 * b_pair + 8, F - start, F % 2 == 1, DTYPE)
-    return b_first, b_second
-
-
-@jit
-def _nth_of_banks(
-    b_first, b_second, N: tl.constexpr, BANKS: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr
-):
-    """(key of the nth largest [BANKS], how many are above it [BANKS]).
-
-    Where taking everything equal to the nth largest gives exactly N, the second may be zero instead.
-    """
-    OCTAVE: tl.constexpr = 128 if DTYPE == tl.bfloat16 else 1024  # keys from a float to its double
-    MINUS_INF: tl.constexpr = -(0x7F80 if DTYPE == tl.bfloat16 else 0x7C00) - 1
-    b_top = tl.maximum(
-        tl.maximum(ranked(half(b_first, DTYPE), ASM), ranked(half(b_first >> 16, DTYPE), ASM)),
-        tl.maximum(ranked(half(b_second, DTYPE), ASM), ranked(half(b_second >> 16, DTYPE), ASM)),
-    )
-    b_top = (largest(largest(b_top, 2), 1) + 0.0).to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32)
-    b_high = (b_top ^ ((b_top >> 31) & 0x7FFF)) + 1  # fewer than N gates of the bank have this key or more
-    b_above = tl.full((BANKS,), 0, tl.int32)  # how many
-    b_low = tl.full((BANKS,), MINUS_INF, tl.int32)  # at least N have this key or more, or all there are
-    b_middle = tl.maximum(b_high - 4 * OCTAVE, MINUS_INF + 1)
-    while largest(b_high - b_low, 0) > 1:
-        b_twice = key_bits(b_middle, DTYPE)[:, None, None] * 0x10001
-        b_n = compare_pairs(b_first, b_twice, DTYPE, ASM) + compare_pairs(b_second, b_twice, DTYPE, ASM)
-        b_n = pairs_counted(total(total(b_n, 2), 1))
-        # A bank that is done has middle = low, and both its counts stay as they are.
-        b_below = (b_n < N) & (b_low < b_middle)
-        b_high = tl.where(b_below, b_middle, b_high)
-        b_above = tl.where(b_below, b_n, b_above)
-        b_low = tl.where(b_below, b_low, b_middle)
-        b_high = tl.where(b_n == N, b_low + 1, b_high)
-        b_above = tl.where(b_n == N, 0, b_above)
-        b_middle = (b_low + b_high) >> 1
-    return b_low, b_above
-
-
-@jit
 def bits_of_chunk(
     row_ptr,
     pair,
@@ -230,14 +142,9 @@ def bits_of_chunk(
     N: tl.constexpr,
     M: tl.constexpr,
     CHUNK: tl.constexpr,
-    FLOATS: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """The kept channels of CHUNK channels, from 2 * `pair` on, as the bits of [CHUNK / 32] words.
-
-    A lane holds whole banks, so that nothing is counted across lanes. FLOATS: count in pairs of floats, on
-    the floating-point units, while the integer ones compare.
-    """
+    """The kept of CHUNK channels, from 2 * `pair` on, as the bits of [CHUNK / 32] words, by BISECT."""
     DTYPE: tl.constexpr = row_ptr.dtype.element_ty
     BANKS: tl.constexpr = CHUNK // M
     OCTAVE: tl.constexpr = 128 if DTYPE == tl.bfloat16 else 1024
@@ -245,7 +152,7 @@ def bits_of_chunk(
     b_pieces = ()
     for i in tl.static_range(M // 8):
         b_pieces = b_pieces + (_piece_of_banks(row_ptr, pair, i, F, BANKS, M, CHUNK, DTYPE),)  # noqa: RUF005
-    b_low = _nth_of_whole_banks(b_pieces, N, BANKS, OCTAVE, INFINITY, FLOATS, DTYPE, ASM)
+    b_low = _nth_of_banks(b_pieces, N, BANKS, OCTAVE, INFINITY, DTYPE, ASM)
     b_from = _words_of(b_pieces, b_low, False, BANKS, M, DTYPE, ASM)  # [BANKS, M / 32]
     if F % CHUNK != 0:
         b_channel = tl.arange(0, BANKS)[:, None] * M + tl.arange(0, M // 32)[None, :] * 32
@@ -339,13 +246,12 @@ def _word_of(
 
 
 @jit
-def _nth_of_whole_banks(
+def _nth_of_banks(
     pieces,
     N: tl.constexpr,
     BANKS: tl.constexpr,
     OCTAVE: tl.constexpr,
     INFINITY: tl.constexpr,
-    FLOATS: tl.constexpr,
     DTYPE: tl.constexpr,
     ASM: tl.constexpr,
 ):
@@ -360,19 +266,10 @@ def _nth_of_whole_banks(
     b_middle = tl.maximum(b_high - 4 * OCTAVE, -INFINITY)
     while largest(b_high - b_low, 0) > 1:
         b_twice = (key_bits(b_middle, DTYPE) * 0x10001)[:, None]
-        if FLOATS and ASM:
-            b_sum = ones_of_pairs(pieces[0], b_twice, DTYPE)
-            for i in tl.static_range(1, len(pieces)):
-                b_sum = add_pairs(b_sum, ones_of_pairs(pieces[i], b_twice, DTYPE), DTYPE)
-            b_left, b_right = tl.split(tl.reshape(b_sum, (BANKS, 2, 2)))
-            b_left, b_right = tl.split(add_pairs(b_left, b_right, DTYPE))
-            b_sum = add_pairs(b_left, b_right, DTYPE)
-            b_n = half(b_sum, DTYPE) + half(b_sum >> 16, DTYPE)
-        else:
-            b_n = compare_pairs(pieces[0], b_twice, DTYPE, ASM)
-            for i in tl.static_range(1, len(pieces)):
-                b_n += compare_pairs(pieces[i], b_twice, DTYPE, ASM)
-            b_n = pairs_counted(total(b_n, 1))
+        b_n = compare_pairs(pieces[0], b_twice, DTYPE, ASM)
+        for i in tl.static_range(1, len(pieces)):
+            b_n += compare_pairs(pieces[i], b_twice, DTYPE, ASM)
+        b_n = pairs_counted(total(b_n, 1))
         # A bank that is done has middle = low, and stays as it is.
         b_below = (b_n < N) & (b_low < b_middle)
         b_high = tl.where(b_below, b_middle, b_high)

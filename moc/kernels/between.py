@@ -23,7 +23,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from moc.kernels.banks import BISECT, CHUNK, WHOLE, bits_in_banks, bits_of_chunk, way
+from moc.kernels.banks import BISECT, CHUNK, bits_in_banks, bits_of_chunk, way
 from moc.kernels.primitives import (
     INTERPRETED,
     bits_before,
@@ -74,9 +74,7 @@ class Tiling:
     num_warps: int
     rows: int  # words of the bitmask, of 32 channels each, in a tile
     vector: int  # neighbouring channels in a lane, at most 8
-    one_per_lane: bool = False  # how pairs are accessed, see `store_pairs`
     guess: bool = True  # select: start the search where a normal distribution has its K-th largest
-    search: int = 0  # select, where `nm` would be BISECT: that, WHOLE (1), WHOLE that counts in floats (2)
 
 
 @jit(do_not_specialize=_SELECT_VALUES)
@@ -100,7 +98,6 @@ def select_fwd_kernel(
     M: tl.constexpr,
     WAY: tl.constexpr,
     CHUNK: tl.constexpr,
-    FLOATS: tl.constexpr,
     KEEP: tl.constexpr,
     FP8: tl.constexpr,
     PACKED: tl.constexpr,
@@ -108,7 +105,6 @@ def select_fwd_kernel(
     PIECE: tl.constexpr,
     ROWS: tl.constexpr,
     VECTOR: tl.constexpr,
-    ONE_PER_LANE: tl.constexpr,
     ASM: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -137,17 +133,17 @@ def select_fwd_kernel(
     b_word = tl.arange(0, ROWS)
     b_at = b_word[:, None] * 32 + b_bit[None, :]  # [ROWS, 32], a channel's place in its tile
     n_kept = 0
-    if RULE == NM and WAY == WHOLE:
+    if RULE == NM and WAY == BISECT:
         b_chunk = tl.full((CHUNK // 32,), 0, tl.int32)  # the kept channels of this tile and of others
     for start in range(0, F, ROWS * 32):
-        if RULE == NM and WAY == WHOLE:  # noqa: SIM102 - as above
+        if RULE == NM and WAY == BISECT:  # noqa: SIM102 - as above
             if start % CHUNK == 0:
-                b_chunk = bits_of_chunk(g_ptr, start // 2, F, N, M, CHUNK, FLOATS, ASM)
+                b_chunk = bits_of_chunk(g_ptr, start // 2, F, N, M, CHUNK, ASM)
         b_inside = b_at < F - start
         # Past F: never above a score, and equal to it only beyond the cut.
         b_g = tl.load(g_ptr + start + b_at, mask=b_inside, other=float("-inf"))
         b_u = tl.load(u_ptr + start + b_at, mask=b_inside, other=0.0)
-        if RULE == NM and WAY == WHOLE:
+        if RULE == NM and WAY == BISECT:
             b_bits = tl.gather(b_chunk, start % CHUNK // 32 + b_word, 0)
         elif RULE == NM:
             b_bits = bits_in_banks(g_ptr, b_g, start, F, ROWS, N, M, WAY, ASM)
@@ -168,7 +164,7 @@ def select_fwd_kernel(
             if FP8:
                 b_g = b_gate * (1.0 / g_scale)
                 b_u = b_up * (1.0 / u_scale)
-            store_pairs(pairs_ptr, b_before[:, None], b_offset, b_g, b_u, b_keep, ONE_PER_LANE, ASM)
+            store_pairs(pairs_ptr, b_before[:, None], b_offset, b_g, b_u, b_keep, ASM)
             tl.store(bitmask_ptr + start // 32 + b_word, b_bits, mask=b_word < WORDS - start // 32)
             n_kept += total(b_count, 0)
         b_z = b_gate * sigmoid(b_gate, ASM) * tl.where(b_keep, b_up, 0.0)
@@ -215,7 +211,6 @@ def expand_bwd_kernel(
     FP8: tl.constexpr,
     ROWS: tl.constexpr,
     VECTOR: tl.constexpr,
-    ONE_PER_LANE: tl.constexpr,
     ASM: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -243,7 +238,7 @@ def expand_bwd_kernel(
         b_before = n_kept + running_total(b_count, 0) - b_count
         b_offset = bits_before(b_bits[:, None], b_bit[None, :], ASM)
         b_keep = ((b_bits[:, None] >> b_bit[None, :]) & 1) != 0
-        b_g, b_u = load_pairs(pairs_ptr, b_before[:, None], b_offset, b_keep, ONE_PER_LANE, ASM)
+        b_g, b_u = load_pairs(pairs_ptr, b_before[:, None], b_offset, b_keep, ASM)
         n_kept += total(b_count, 0)
         b_gate = b_g.to(tl.float32)
         b_up = b_u.to(tl.float32)
@@ -362,14 +357,14 @@ def select_constants(
     tiling: Tiling,
 ) -> dict[str, int]:
     """What the select kernel is compiled for; `packed`: gates are of 16 bits and can be compared in pairs."""
+    n, m = selection.n, selection.m
     return {
         "F": d_ffn,
         "RULE": RULES[selection.rule],
-        "N": selection.n or 0,
-        "M": selection.m or 0,
-        "WAY": _way(selection, itemsize, packed, tiling),
+        "N": n or 0,
+        "M": m or 0,
+        "WAY": way(n, m, itemsize, packed) if n and m else 0,
         "CHUNK": CHUNK,
-        "FLOATS": tiling.search == 2,
         "KEEP": keep,
         "FP8": fp8,
         "PACKED": packed and selection.rule != "topk_abs",
@@ -377,15 +372,7 @@ def select_constants(
         "PIECE": 512 * tiling.num_warps,
         "ROWS": tiling.rows,
         "VECTOR": min(tiling.vector, vector),
-        "ONE_PER_LANE": tiling.one_per_lane,
     }
-
-
-def _way(selection: Selection, itemsize: int, packed: bool, tiling: Tiling) -> int:
-    if selection.n is None or selection.m is None:
-        return 0
-    found = way(selection.n, selection.m, itemsize, packed)
-    return WHOLE.value if tiling.search > 0 and found == BISECT.value else found
 
 
 def expand_constants(d_ffn: int, width: int, vector: int, fp8: bool, tiling: Tiling) -> dict[str, int]:
@@ -396,7 +383,6 @@ def expand_constants(d_ffn: int, width: int, vector: int, fp8: bool, tiling: Til
         "FP8": fp8,
         "ROWS": tiling.rows,
         "VECTOR": min(tiling.vector, vector),
-        "ONE_PER_LANE": tiling.one_per_lane,
     }
 
 
@@ -406,7 +392,7 @@ def select_tiling(d_ffn: int, selection: Selection, packed: bool) -> Tiling:
     Measured by tune.py on an H100 (docs/measured.md, 2026-11-26).
     """
     if selection.rule == "nm":
-        return Tiling(num_warps=1, rows=8, vector=8, search=2)
+        return Tiling(num_warps=1, rows=16 if (selection.m or 0) >= 32 else 8, vector=8)
     # The row is held by one warp up to so many channels.
     channels = 32 * (48 if selection.rule == "topk_abs" else 192 if packed else 96)
     num_warps = min(16, 1 << max(0, math.ceil(math.log2(d_ffn / channels))))

@@ -154,13 +154,12 @@ def bits_before(word, bit, ASM: tl.constexpr):
 
 
 @jit
-def store_pairs(pairs_ptr, base, offset, first, second, mask, ONE_PER_LANE: tl.constexpr, ASM: tl.constexpr):
+def store_pairs(pairs_ptr, base, offset, first, second, mask, ASM: tl.constexpr):
     """pairs[base + offset] = (first, second) where `mask`; pairs is [..., 2] of the values' dtype, or of
     float8e4nv, to which float32 values are then rounded.
 
-    A pair of 16-bit or 8-bit values is one store. ONE_PER_LANE: through shared memory into a layout with
-    neighbouring channels in neighbouring lanes, so that a store touches few sectors; tl.store chooses it, and
-    PTX is the only way to avoid it.
+    A pair of 16-bit or 8-bit values is one store, from the lane that has it. tl.store would first move pairs
+    through shared memory, neighbouring channels to neighbouring lanes: slower, and PTX alone avoids it.
     """
     BITS: tl.constexpr = pairs_ptr.dtype.element_ty.primitive_bitwidth
     if BITS == 32:
@@ -170,10 +169,8 @@ def store_pairs(pairs_ptr, base, offset, first, second, mask, ONE_PER_LANE: tl.c
     else:
         WIDE: tl.constexpr = tl.int32 if BITS == 16 else tl.int16
         b_pair = pair_fp8(first, second, ASM) if BITS == 8 else _pair_bits(first, second)
-        if ONE_PER_LANE or not ASM:
-            # Not that they are contiguous; the hint only says along which dimension lanes run.
-            b_place = tl.max_contiguous(base + offset, (1, 2))
-            tl.store(pairs_ptr.to(tl.pointer_type(WIDE), bitcast=True) + b_place, b_pair, mask=mask)
+        if not ASM:
+            tl.store(pairs_ptr.to(tl.pointer_type(WIDE), bitcast=True) + base + offset, b_pair, mask=mask)
         else:
             b_address = (pairs_ptr + 2 * base).to(tl.int64) + offset.to(tl.uint32).to(tl.int64) * (BITS // 4)
             # An elementwise instruction must have a result, so it gives a zero that nobody reads.
@@ -192,7 +189,7 @@ def store_pairs(pairs_ptr, base, offset, first, second, mask, ONE_PER_LANE: tl.c
 
 
 @jit
-def load_pairs(pairs_ptr, base, offset, mask, ONE_PER_LANE: tl.constexpr, ASM: tl.constexpr):
+def load_pairs(pairs_ptr, base, offset, mask, ASM: tl.constexpr):
     """(first, second) of pairs[base + offset] where `mask`, else zeros; the counterpart of `store_pairs`."""
     DTYPE: tl.constexpr = pairs_ptr.dtype.element_ty
     BITS: tl.constexpr = DTYPE.primitive_bitwidth
@@ -202,9 +199,9 @@ def load_pairs(pairs_ptr, base, offset, mask, ONE_PER_LANE: tl.constexpr, ASM: t
     else:
         NARROW: tl.constexpr = tl.int16 if BITS == 16 else tl.int8
         WIDE: tl.constexpr = tl.int32 if BITS == 16 else tl.int16
-        if ONE_PER_LANE or not ASM:
-            b_place = tl.max_contiguous(base + offset, (1, 2))
-            b_pair = tl.load(pairs_ptr.to(tl.pointer_type(WIDE), bitcast=True) + b_place, mask=mask, other=0)
+        if not ASM:
+            b_ptr = pairs_ptr.to(tl.pointer_type(WIDE), bitcast=True) + base + offset
+            b_pair = tl.load(b_ptr, mask=mask, other=0)
         else:
             b_address = (pairs_ptr + 2 * base).to(tl.int64) + offset.to(tl.uint32).to(tl.int64) * (BITS // 4)
             if BITS == 16:

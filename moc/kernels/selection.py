@@ -171,36 +171,6 @@ def pairs_above(pairs, twice, DTYPE: tl.constexpr, ASM: tl.constexpr):
 
 
 @jit
-def ones_of_pairs(pairs, twice, DTYPE: tl.constexpr):
-    """As `compare_pairs`, but one instead of -1, as two floats."""
-    if DTYPE == tl.bfloat16:
-        return tl.inline_asm_elementwise(
-            "set.geu.bf16x2.bf16x2 $0, $1, $2;",
-            "=r,r,r",
-            [pairs, twice],
-            dtype=tl.int32,
-            is_pure=True,
-            pack=1,
-        )
-    else:
-        return tl.inline_asm_elementwise(
-            "set.geu.f16x2.f16x2 $0, $1, $2;", "=r,r,r", [pairs, twice], dtype=tl.int32, is_pure=True, pack=1
-        )
-
-
-@jit
-def add_pairs(pairs, others, DTYPE: tl.constexpr):
-    if DTYPE == tl.bfloat16:
-        return tl.inline_asm_elementwise(
-            "add.rn.bf16x2 $0, $1, $2;", "=r,r,r", [pairs, others], dtype=tl.int32, is_pure=True, pack=1
-        )
-    else:
-        return tl.inline_asm_elementwise(
-            "add.rn.f16x2 $0, $1, $2;", "=r,r,r", [pairs, others], dtype=tl.int32, is_pure=True, pack=1
-        )
-
-
-@jit
 def larger_pairs(pairs, others, DTYPE: tl.constexpr, ASM: tl.constexpr):
     """Per half of a word the larger of two gates; NaN if either is."""
     if ASM and DTYPE == tl.bfloat16:

@@ -7,9 +7,8 @@ timed. With the fastest ones a whole forward and backward is timed for several c
 alone and a compiled dense network. One line of JSON per measurement goes to OUT.jsonl, a table to the
 terminal.
 
-It decides: `select_tiling` and `EXPAND_TILING` of between.py; the chunk bytes of ffn_ops.py; from the rows
-"gemms" what joining w_gate and w_up is worth, and from the rows "fused" whether the kernel of fused.py beats
-gate_up_joined plus the select pass.
+It decides: `select_tiling` and `EXPAND_TILING` of between.py; the chunk bytes of ffn_ops.py; and from the
+rows "gemms" what joining w_gate and w_up is worth.
 
 A pass is timed over buffers several times the L2 cache, a step as the replay of a CUDA graph; both are
 medians of CUDA-event times of launches in a row.
@@ -40,7 +39,6 @@ from moc.compact import n_words, unpack_bitmask
 from moc.config import FfnShape
 from moc.kernels import between
 from moc.kernels.between import EXPAND_TILING, Kept, Tiling, expand_pass, select_pass, select_tiling
-from moc.kernels.fused import GemmTiling, gate_up_nm
 from moc.reference import select_mask
 from moc.selection import parse_selection
 from moc.triton_layers import TritonMoCFFN
@@ -53,12 +51,6 @@ SHAPES = {  # tokens, d, d_ffn
 }
 RULES = ("topk:0.1875", "nm:2:8", "nm:12:64")
 CHUNK_MB = (32, 64, 96, 192, 4096)  # the last: one chunk
-FUSED_TILINGS = (
-    GemmTiling(),
-    GemmTiling(num_stages=4),
-    GemmTiling(block_n=64, num_stages=4),
-    GemmTiling(block_m=64, block_n=64, num_warps=4, num_stages=4),
-)
 DTYPE, DEVICE = torch.bfloat16, "cuda"
 COPY_BYTES_PER_MS = 3.0e9  # read plus written, of one H100: the floor printed beside each pass
 
@@ -84,28 +76,22 @@ def candidates(d_ffn: int) -> Iterator[Candidate]:
     for rule in RULES:
         today = select_tiling(d_ffn, parse_selection(rule), packed=True)
         tilings = [today]
-        for factor, rows, one_per_lane in itertools.product((1, 2), (8, 16), (False, True)):
+        for factor, rows in itertools.product((1, 2), (8, 16)):
             warps = today.num_warps * factor
-            tilings.append(replace(today, num_warps=warps, rows=rows * warps, one_per_lane=one_per_lane))
+            tilings.append(replace(today, num_warps=warps, rows=rows * warps))
         if rule.startswith("topk"):
             tilings += [replace(today, guess=False), replace(today, rows=today.rows // 2, vector=1)]
             if today.num_warps > 1:
                 tilings.append(replace(today, num_warps=today.num_warps // 2, rows=today.rows // 2))
-        if rule == "nm:12:64":
-            searches = itertools.product((1, 2), (8, 16))
-            tilings += [replace(today, search=search, rows=rows) for search, rows in searches]
         yield from (Candidate("select", rule, d_ffn, tiling) for tiling in dict.fromkeys(tilings))
     yield Candidate(
         "select", RULES[0], d_ffn, select_tiling(d_ffn, parse_selection(RULES[0]), True), fp8=True
     )
     tilings = [EXPAND_TILING]
-    for warps, rows, one_per_lane in itertools.product((1, 2, 4), (8, 16), (False, True)):
-        tilings.append(Tiling(warps, rows * warps, 8, one_per_lane))
+    for warps, rows in itertools.product((1, 2, 4), (8, 16)):
+        tilings.append(Tiling(warps, rows * warps, 8))
     yield from (Candidate("expand", RULES[0], d_ffn, tiling) for tiling in dict.fromkeys(tilings))
-    for one_per_lane in (False, True):
-        yield Candidate(
-            "expand", RULES[0], d_ffn, replace(EXPAND_TILING, one_per_lane=one_per_lane), fp8=True
-        )
+    yield Candidate("expand", RULES[0], d_ffn, EXPAND_TILING, fp8=True)
 
 
 class Rows:
@@ -239,30 +225,6 @@ def gemms(n_tokens: int, d: int, d_ffn: int) -> dict[str, float]:
     return {name: milliseconds(launch, 15) for name, launch in launches.items()}
 
 
-def fused(n_tokens: int, d: int, d_ffn: int) -> Iterator[dict[str, Any]]:
-    """Milliseconds of selection in the epilogue of the gate-up GEMM, `nm:2:8`, and how right it is."""
-    candidate = Candidate(
-        "select", "nm:2:8", d_ffn, select_tiling(d_ffn, parse_selection("nm:2:8"), packed=True)
-    )
-    rows, right = Rows(candidate, n_tokens), Rows(candidate, n_tokens)
-    x = torch.randn(n_tokens, d, device=DEVICE, dtype=DTYPE)
-    w_gate, w_up = (torch.randn(d_ffn, d, device=DEVICE, dtype=DTYPE) / d**0.5 for _ in range(2))
-    torch.mm(x, w_gate.T, out=right.g)
-    torch.mm(x, w_up.T, out=right.u)
-    right.launch()
-    for tiling in FUSED_TILINGS:
-        launch = functools.partial(gate_up_nm, x, w_gate, w_up, rows.rule, rows.kept, rows.z, tiling)
-        row: dict[str, Any] = {"kind": "fused", "tiling": asdict(tiling)}
-        if d_ffn % tiling.block_n == 0:
-            try:
-                launch()
-                # Gates that round differently change places: a few channels in a thousand.
-                row |= {"error": _error(rows.z, right.z), "ms": milliseconds(launch, 15)}
-            except Exception as error:  # as in _checked
-                row["message"] = f"{type(error).__name__}: {error}"[-400:]
-            yield row
-
-
 class DenseFused(nn.Module):
     """Dense SwiGLU with gate and up in one GEMM: the rival."""
 
@@ -334,7 +296,6 @@ def measure(names: list[str], seconds: float, processes: int) -> Iterator[dict[s
                 del rows
             yield row
         yield {"kind": "gemms", "shape": name, **gemms(n_tokens, d, d_ffn)}
-        yield from ({**row, "shape": name} for row in fused(n_tokens, d, d_ffn))
         torch.cuda.empty_cache()
     for name, rule in itertools.product(names, RULES):
         n_tokens, d, d_ffn = SHAPES[name]
@@ -371,7 +332,7 @@ def report(results: list[dict[str, Any]]) -> None:
                 f" {row.get('registers')} spills {row.get('spills')}{' <- today' if row is group[0] else ''}"
             )
     for row in results:
-        if row["kind"] in ("gemms", "fused"):
+        if row["kind"] == "gemms":
             print({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()})
     dense = {row["shape"]: row["step_ms"] for row in results if row["kind"] == "dense"}
     for shape, rule in dict.fromkeys((row["shape"], row["rule"]) for row in results if row["kind"] == "step"):

@@ -1,5 +1,7 @@
 """The ffn_decode workload on the CPU: rotated copies, forward only."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_ffn_train import Recorder, point
@@ -9,8 +11,14 @@ from harness.measure import launch, roofline
 from harness.points import Point
 from harness.workloads import ffn_decode
 from moc.config import FfnShape
+from moc.int8 import quantize_rows
+from moc.methods import METHODS
 
 D, D_FFN = 16, 48
+# Dense and selecting methods that say they read int8 weights, for a device without such kernels.
+NARROW_DENSE = replace(METHODS["dense"], row_bytes=METHODS["dense_int8"].row_bytes)
+NARROW_MOC = replace(METHODS["moc_reference"], row_bytes=METHODS["moc_int8"].row_bytes)
+NARROW = "test_ffn_decode:NARROW_DENSE", "test_ffn_decode:NARROW_MOC"
 
 
 def decode(method: str, selection: str | None = None, batch: int = 1, **changes: object) -> Point:
@@ -62,6 +70,60 @@ def test_a_batch_needs_the_union_of_its_tokens_channels() -> None:
     many = run(decode("moc_reference", "nm:2:8", batch=16)).rows["moc_reference nm:2:8"]
     gained = many["min_bytes"]["value"] - one["min_bytes"]["value"] - 15 * 2 * D * 4
     assert 2 * D * 4 * D_FFN // 4 < gained <= 2 * D * 4 * (D_FFN - D_FFN // 4)
+
+
+def test_the_floor_counts_weights_as_wide_as_the_method_reads_them() -> None:
+    """An int8 weight is a byte and each row has a scale of four; x and y are as wide as ever."""
+    found = run(decode(NARROW[0]), decode(NARROW[1], "nm:2:8"))
+    rows = {name: values["min_bytes"]["value"] for name, values in found.rows.items()}
+    ends = 2 * D * 4
+    assert rows[NARROW[0]] == 3 * D_FFN * (D + 4) + ends
+    assert rows[f"{NARROW[1]} nm:2:8"] == (D_FFN + 2 * D_FFN // 4) * (D + 4) + ends
+
+
+def test_row_bytes_of_the_registry() -> None:
+    """What a method says a row takes is what its weights take, whatever the dtype of the layer."""
+    rows, scales = quantize_rows(torch.randn(D_FFN, D))
+    for name, method in METHODS.items():
+        for itemsize in (2, 4):
+            wanted = rows.nbytes + scales.nbytes if name.endswith("int8") else D_FFN * D * itemsize
+            assert D_FFN * method.row_bytes(D, itemsize) == wanted, name
+
+
+@pytest.mark.parametrize(
+    ("others", "least"),
+    [
+        ([], 3 * D_FFN * D * 4),
+        ([decode("moc_reference", "nm:2:8")], (D_FFN + 2 * D_FFN // 4) * D * 4),
+        # 16 tokens together need more channels, but whether they do is not known beforehand
+        ([decode("moc_reference", "topk:6", batch=16)], (D_FFN + 2 * 6) * D * 4),
+        ([decode("moc_reference", "threshold:9.0:0.5")], D_FFN * D * 4),
+        ([decode(NARROW[0]), decode("moc_reference", "topk:0.75")], 3 * D_FFN * (D + 4)),
+        ([decode(NARROW[0]), decode(NARROW[1], "topk:6")], (D_FFN + 2 * 6) * (D + 4)),
+        ([decode("moc_reference", "topk:99")], 3 * D_FFN * D * 4),  # unsupported
+    ],
+)
+def test_the_leanest_method_decides_the_rotation(
+    others: list[Point], least: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many copies as the method that surely reads the least of each needs; it is blamed if they do not
+    fit."""
+    asked: list[float] = []
+
+    def refuse(read_bytes: float, device: torch.device) -> int:
+        asked.append(read_bytes)
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(ffn_decode, "rotated_copies", refuse)
+    recorder, dense = Recorder(), decode("dense", batch=others[0].batch if others else 1)
+    job = Job("s", "r", 1, (*others, dense), MeasureSettings(), "cpu", ".")
+    with pytest.raises(torch.OutOfMemoryError):
+        ffn_decode.run(job, recorder)
+    assert asked == [least]
+    supported = [p for p in others if p.selection != "topk:99"]
+    blamed = supported[-1] if supported and least < 3 * D_FFN * (D + 4) else (*supported, dense)[0]
+    wanted = f"{blamed.method} {blamed.selection}" if blamed.selection else blamed.method
+    assert recorder.events[-1] == ("start", wanted)
 
 
 def test_a_wrong_method_is_caught_on_one_token() -> None:

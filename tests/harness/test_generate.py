@@ -1,6 +1,7 @@
 """The generate workload on the CPU at tiny shapes: whole models, one set of weights, decoding in turns."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from harness.grid import expand
 from harness.job import Job, MeasureSettings
 from harness.measure import launch
 from harness.measure.launch import Contender, CpuSampler
-from harness.plan import units
+from harness.plan import units, unsupported_reason
 from harness.points import Point
 from harness.spec import SpecError, load_sweep, parse_sweep
 from harness.workloads import generate
@@ -119,6 +120,22 @@ def test_out_of_memory_and_unsupported_are_typed() -> None:
         "ffn_rivals:one_matrix": "unsupported",
         "moc_reference topk:99": "unsupported",
     }
+
+
+REFUSING = replace(METHODS["dense"], name="refusing", generate_refusal="it is slow there")
+
+
+def test_a_method_may_decline_generation() -> None:
+    """It is `unsupported` with its reason here and in the plan, and decodes as a bare layer; int8 does so."""
+    own = gen("test_generate:REFUSING")
+    status, detail = run(own, gen("dense")).finished["test_generate:REFUSING"]
+    assert (status, detail) == ("unsupported", "method refusing does not generate: it is slow there")
+    assert unsupported_reason(own, "cpu") == detail
+    for method, rule in (("dense_int8", None), ("moc_int8", "nm:2:8")):
+        whole = gen(method, rule, dtype="bf16")
+        assert "does not generate" in unsupported_reason(whole, "cuda")
+        layer = replace(whole, workload="ffn_decode", n_layers=1, seq_len=1)
+        assert unsupported_reason(layer, "cuda") is None
 
 
 def models(method: str, rule: str | None, dtype: torch.dtype = torch.float64) -> tuple[Llama, dict]:

@@ -299,10 +299,13 @@ def test_looks_are_fixed_and_tell_series_apart_without_colour() -> None:
     """The same series always looks the same; no two share marker, filling and line style at once."""
     rules = ("topk", "topk_abs", "nm:2:8", "nm:12:64", "threshold")
     sparse = [name for name, method in METHODS.items() if method.takes_selection]
+    rounded = [name for name, method in METHODS.items() if not method.is_dense and name not in sparse]
     looks = [look(method, rule, dense=False) for method in sparse for rule in rules]
     assert looks == [look(method, rule, dense=False) for method in sparse for rule in rules]
+    looks += [look(method, "", dense=False) for method in (*rounded, "one.s:own")]
     assert len({(item.marker, item.fill, str(item.line)) for item in looks}) == len(looks)
-    lines = [look(name, "", dense=True) for name, method in METHODS.items() if method.is_dense]
+    dense = [name for name, method in METHODS.items() if method.is_dense]
+    lines = [look(name, "", dense=True) for name in (*dense, "one.s:own")]
     assert len({str(item.line) for item in lines}) == len(lines)
     colours = {rule: look("moc_reference", rule, dense=False).color for rule in rules}
     assert len(set(colours.values())) == len(rules)

@@ -186,12 +186,11 @@ def test_every_way_through_a_bank(method: int, device: str, monkeypatch: pytest.
         assert_selected(*rows(2, 200, torch.bfloat16, device), parse_selection(rule))
 
 
-@pytest.mark.parametrize("search", [1, 2])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize("rule", ["nm:12:64", "nm:9:32"])
-def test_whole_banks_in_a_lane(rule: str, dtype: str, search: int, device: str) -> None:
+def test_several_chunks_of_banks(rule: str, dtype: str, device: str) -> None:
     """The search in chunks agrees with the reference: a tail, ties, both zeros, infinity, NaN."""
-    if device == "cpu" and (search == 2 or (rule, dtype) == ("nm:9:32", "fp16")):
+    if device == "cpu" and (rule, dtype) == ("nm:9:32", "fp16"):
         pytest.skip("interpreted, nothing differs from another case")
     selection, d_ffn = parse_selection(rule), 2048 + 72
     g, u = rows(1, d_ffn, DTYPES[dtype], device)
@@ -202,7 +201,7 @@ def test_whole_banks_in_a_lane(rule: str, dtype: str, search: int, device: str) 
     g[:, 320:512:5] = math.inf
     expected = select_mask(g, selection)
     g[:, 320:512:10] = math.nan
-    _z, kept, _overflow = select(g, u, selection, Tiling(1, 8, 8, search=search))
+    _z, kept, _overflow = select(g, u, selection)
     assert torch.equal(unpack_bitmask(kept.bitmask, d_ffn), expected)
     assert torch.equal(kept.pairs[..., 1], gathered(u, expected, selection.k(d_ffn)))
 
@@ -219,7 +218,6 @@ def test_tuned_ways_are_taken() -> None:
 @pytest.mark.parametrize(
     "tiling",
     [
-        Tiling(1, 8, 8, one_per_lane=True),
         Tiling(1, 16, 1),
         Tiling(1, 16, 2, guess=False),
         Tiling(2, 32, 8),
@@ -229,7 +227,7 @@ def test_tuned_ways_are_taken() -> None:
 )
 def test_tilings_do_not_matter(tiling: Tiling, device: str) -> None:
     """Warps, tile, vector width and the guess change nothing but speed."""
-    for rule in ("topk:0.1875", "nm:2:8"):
+    for rule in ("topk:0.1875", "nm:2:8", "nm:12:64"):
         assert_selected(*rows(1, 1100, torch.bfloat16, device), parse_selection(rule), tiling)
 
 
@@ -268,7 +266,7 @@ def test_expands_what_select_kept(d_ffn: int, dtype: str, device: str) -> None:
     gate, up = g.double().requires_grad_(), u.double().requires_grad_()
     expected = mask * F.silu(gate) * up
     wanted = (expected.detach(), *torch.autograd.grad(expected, (gate, up), dz.double()))
-    for tiling in (EXPAND_TILING, replace(EXPAND_TILING, rows=8, one_per_lane=True)):
+    for tiling in (EXPAND_TILING, replace(EXPAND_TILING, rows=8)):
         for actual, right in zip(expand(kept, dz, width, tiling), wanted, strict=True):
             assert not actual[:, d_ffn:].any()
             assert not actual[:, :d_ffn][~mask].any()

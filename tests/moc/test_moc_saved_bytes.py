@@ -47,9 +47,7 @@ def test_moc_keeps_x_the_compact_pair_and_a_bitmask(name: str, rule: str) -> Non
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("shape", [(T,), (2, 3, 5)], ids=["T37", "B2x3x5"])
-@pytest.mark.parametrize(
-    "name", [name for name in PURE if METHODS[name].saved_bytes_per_token]
-)
+@pytest.mark.parametrize("name", [name for name in PURE if METHODS[name].saved_bytes_per_token])
 def test_formulas_of_the_registry(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Every method with a formula keeps exactly what it says, in either dtype and with leading dimensions."""
     method, selection = METHODS[name], parse_selection("topk:0.1875")
