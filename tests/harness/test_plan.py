@@ -102,8 +102,10 @@ def test_what_layers_save_is_exactly_what_autograd_keeps(method: str, dtype: str
 
 
 def test_whole_models_on_an_h100_are_predicted_within_four_percent() -> None:
-    """Every measured pretrain peak, dense, compiled and sparse; never below. `moc` within 13 %: its saved bytes
-    hold joined casts of weights, which do not grow with the tokens (docs/measured.md, 2026-11-26)."""
+    """Every measured pretrain peak, dense, compiled and sparse; never below. `moc` within 13 %.
+
+    Its saved bytes hold joined casts of weights, which do not grow with the tokens (docs/measured.md).
+    """
     peaks = measured_peaks("pretrain")
     assert len(peaks) >= 4
     for point, measured, saved in peaks:
