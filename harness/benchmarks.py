@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from harness.measure.ffn import TrainingCalls, ffn_weights, natural_tensors
 from harness.measure.launch import Contender, rotated_copies
+from harness.measure.roofline import decode_least_bytes
 from moc.compact import gather_compact, keep_mask, kept_channels, pack_bitmask
 from moc.config import FfnShape, get_preset
 from moc.llama import Llama
@@ -121,7 +122,8 @@ def _ffn(kind: str, method: Method, rule: str | None, size: _Size) -> Benchmark:
         return Contender(name, TrainingCalls(layer, weights, tensors.x.requires_grad_(), tensors.dy).step)
 
     def open_decode(device: torch.device) -> Contender:
-        copies = rotated_copies(shape.n_params() * size.dtype.itemsize, device)
+        least_read = decode_least_bytes(method, selection, shape, size.dtype.itemsize)
+        copies = rotated_copies(least_read, device)
         layers = [_layer(method, selection, shape, device, size, seed) for seed in range(copies)]
         x = natural_tensors(shape, 1, size.dtype, device, seed=copies).x
 

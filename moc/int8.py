@@ -62,7 +62,7 @@ class Int8FFN(FfnWeights):
 
     w_gate, w_up and w_down are the parameters of every other layer; their int8 form is made from them when it
     is first needed, and again when they have changed: `load_state_dict`, `.to()`, an assignment of data or a
-    write in place all count. torch.compile cannot see that, so there call `quantize` after the last change.
+    write in place all count. torch.compile cannot see that, so there call `freeze` after the last change.
     Up to INT8_DECODE_TOKENS tokens go through the decoding kernels; for more (a prompt) the weights are
     widened for each call, which takes longer than GEMMs on weights that are wide.
     """
@@ -76,7 +76,7 @@ class Int8FFN(FfnWeights):
         self._scales: Tensor | None = None  # float32 [3, d_ffn]
         self._made_from: tuple[tuple[int, int], ...] = ()
 
-    def quantize(self) -> None:
+    def freeze(self) -> None:
         """Make the int8 weights from the parameters as they are now."""
         weights = (self.w_gate, self.w_up, self.w_down)
         with torch.no_grad():
@@ -92,9 +92,9 @@ class Int8FFN(FfnWeights):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., d_model] -> [..., d_model]. Raises ValueError for a shape or dtype that does not fit."""
         if not torch.compiler.is_compiling() and self._made_from != self._fingerprint():
-            self.quantize()
+            self.freeze()
         if self._rows is None or self._scales is None:
-            raise ValueError("call quantize() before torch.compile: the int8 weights are not made yet")
+            raise ValueError("call freeze() before torch.compile: the int8 weights are not made yet")
         if 1 <= math.prod(x.shape[:-1]) <= INT8_DECODE_TOKENS:
             y, _overflow = int8_decode(x, self._rows, self._scales, self.selection)
             return y

@@ -58,6 +58,12 @@ class FfnWeights(nn.Module):
         self.w_down = nn.Parameter(torch.empty(shape.d_ffn, shape.d_model))
         init_weights(self, seed=0)
 
+    def freeze(self) -> None:
+        """Derive from the weights what makes calls without gradients faster; nothing in most layers.
+
+        To be called again when a weight has been replaced.
+        """
+
     def extra_repr(self) -> str:
         return f"d_model={self.shape.d_model}, d_ffn={self.shape.d_ffn}"
 

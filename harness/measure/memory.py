@@ -44,9 +44,9 @@ def saved_bytes(
 
     Each storage counts once and whole, however many saved tensors are views of it. Left out are storages of
     `parameters`, found by pointer, since `w.T` is not a Parameter but shares its storage; and casts of
-    parameters, which grow with the model and not with the tokens. A storage is a cast of a parameter exactly
-    if a saved tensor of a parameter's shape (or its transpose) spans it and equals the parameter cast to that
-    dtype: by value, so an activation that happens to have a weight's shape is not mistaken for one.
+    parameters, which grow with the model and not with the tokens. A storage holds casts exactly if saved
+    tensors that equal parameters cast to their dtype (or transposed, or several joined row after row) cover
+    all of it: by value, so an activation that happens to have a weight's shape is not mistaken for one.
 
     Works through custom ops, autocast, torch.compile and non-reentrant checkpointing, which all save by
     autograd. What a method hides from autograd (an attribute of its context) is not seen here; on CUDA
@@ -64,15 +64,18 @@ def saved_bytes(
     weight_pointers = {weight.untyped_storage().data_ptr() for weight in weights}
     input_pointers = {tensor.untyped_storage().data_ptr() for tensor in inputs}
     sizes: dict[int, int] = {}
-    casts: set[int] = set()
+    cast_extents: dict[int, set[tuple[int, int]]] = {}  # [start, end) in bytes of what equals a cast
     for tensor in saved:
         storage = tensor.untyped_storage()
         pointer = storage.data_ptr()
         if pointer in weight_pointers or storage.nbytes() == 0:
             continue
         sizes[pointer] = storage.nbytes()
-        if pointer not in casts and _is_parameter_cast(tensor, weights):
-            casts.add(pointer)
+        extents = cast_extents.setdefault(pointer, set())
+        extent = _extent(tensor)
+        if extent is not None and extent not in extents and _holds_parameters(tensor, weights):
+            extents.add(extent)
+    casts = {pointer for pointer, extents in cast_extents.items() if _covers(extents, sizes[pointer])}
     del result
     return SavedBytes(
         activation_bytes=sum(size for pointer, size in sizes.items() if pointer not in casts),
@@ -81,14 +84,41 @@ def saved_bytes(
     )
 
 
-def _is_parameter_cast(tensor: Tensor, weights: Iterable[Tensor]) -> bool:
-    if tensor.dim() != 2 or tensor.numel() * tensor.element_size() != tensor.untyped_storage().nbytes():
-        return False
-    for weight in weights:
-        for candidate in (weight, weight.T) if weight.dim() == 2 else ():
-            if candidate.shape == tensor.shape and torch.equal(candidate.detach().to(tensor.dtype), tensor):
-                return True
-    return False
+def _extent(tensor: Tensor) -> tuple[int, int] | None:
+    """The bytes [start, end) of its storage that a matrix without gaps fills; None of any other tensor."""
+    if tensor.dim() != 2 or not (tensor.is_contiguous() or tensor.T.is_contiguous()):
+        return None
+    start = tensor.storage_offset() * tensor.element_size()
+    return start, start + tensor.numel() * tensor.element_size()
+
+
+def _covers(extents: Iterable[tuple[int, int]], size: int) -> bool:
+    end = 0
+    for start, stop in sorted(extents):
+        if start > end:
+            return False
+        end = max(end, stop)
+    return end == size
+
+
+def _holds_parameters(tensor: Tensor, weights: Iterable[Tensor]) -> bool:
+    """Whether the matrix, or its transpose, is parameters cast to its dtype, one below the other."""
+    matrices = [weight.detach() for weight in weights if weight.dim() == 2]
+    candidates = [*matrices, *(matrix.T for matrix in matrices)]
+    return any(_stacked(rows, candidates) for rows in (tensor, tensor.T))
+
+
+def _stacked(tensor: Tensor, matrices: Iterable[Tensor]) -> bool:
+    done = 0
+    while done < len(tensor):
+        for matrix in matrices:
+            part = tensor[done : done + len(matrix)]
+            if part.shape == matrix.shape and torch.equal(matrix.to(tensor.dtype), part):
+                done += len(matrix)
+                break
+        else:
+            return False
+    return True
 
 
 def peak_bytes(call: Callable[[], object]) -> PeakBytes:

@@ -27,6 +27,8 @@ from harness.measure.ffn import DTYPES
 from harness.measure.launch import Contender
 from harness.measure.timing import TimingSettings, time_paired
 from moc.config import FfnShape
+from moc.methods import Method
+from moc.selection import Selection
 
 _CEILING_TIMING = {
     "cuda": TimingSettings(rel_ci=0.005, max_seconds=3.0),
@@ -89,6 +91,18 @@ def decode_min_bytes(
     activation = shape.d_model * itemsize
     row = activation if row_bytes is None else row_bytes
     return float((shape.d_ffn + 2 * channels_read) * row + 2 * batch * activation)
+
+
+def decode_least_bytes(method: Method, selection: Selection | None, shape: FfnShape, itemsize: int) -> float:
+    """Bytes of the weights that a decoding step of one token surely reads.
+
+    Of a `threshold` that is w_gate alone, since its K is a cap.
+    """
+    if selection is None:
+        channels = shape.d_ffn
+    else:
+        channels = 0 if selection.rule == "threshold" else selection.k(shape.d_ffn)
+    return decode_min_bytes(shape, 0, itemsize, channels, method.row_bytes(shape.d_model, itemsize))
 
 
 def count_flops(call: Callable[[], object]) -> int | None:

@@ -48,6 +48,7 @@ from harness.workloads.ffn_group import (
     with_weights,
 )
 from moc.config import FfnShape
+from moc.layers import FfnWeights
 from moc.methods import get_method
 from moc.reference import select_mask
 
@@ -93,8 +94,12 @@ def run(job: Job, report: Reporter) -> None:
             entries.append(entry)
     if not entries:
         return
+    itemsize = group.dtype.itemsize
     least_read, leanest = min(
-        ((_least_read(entry, group.shape, group.dtype.itemsize), entry) for entry in entries),
+        (
+            (roofline.decode_least_bytes(entry.method, entry.selection, group.shape, itemsize), entry)
+            for entry in entries
+        ),
         key=lambda pair: pair[0],
     )
     report.start(leanest.point)  # without it fewer copies would do, should they not fit
@@ -124,16 +129,6 @@ def _open(group: Group, point: Point, report: Reporter) -> Entry | None:
     return entry
 
 
-def _least_read(entry: Entry, shape: FfnShape, itemsize: int) -> float:
-    """Bytes of one copy of the weights that a step surely reads: with a selection, those of one token."""
-    selection, row_bytes = entry.selection, entry.method.row_bytes(shape.d_model, itemsize)
-    if selection is None:
-        channels = shape.d_ffn
-    else:
-        channels = 0 if selection.rule == "threshold" else selection.k(shape.d_ffn)  # that K is a cap
-    return roofline.decode_min_bytes(shape, 0, itemsize, channels, row_bytes)
-
-
 def _weight_copies(
     least_read: float, shape: FfnShape, batch: int, dtype: torch.dtype, device: torch.device, seed: int
 ) -> list[FfnTensors]:
@@ -160,6 +155,9 @@ def _admit(bench: _Bench, entry: Entry) -> _Candidate | None:
         report.finish(point, "unsupported", f"method {entry.method.name}: {error}")
         return None
     plain = [first_layer, *(with_weights(first_layer, tensors) for tensors in bench.copies[1:])]
+    for layer in plain:
+        if isinstance(layer, FfnWeights):  # one from outside need not be
+            layer.freeze()
     layers = [compiled(group, entry, layer) for layer in plain]
     call = _decode_call(layers, bench.x)
     result = None

@@ -66,6 +66,32 @@ def test_casts_of_parameters_under_autocast_are_told_apart_by_value() -> None:
     assert saved.parameter_cast_bytes == 3 * D_FFN * D * 2
 
 
+@pytest.mark.parametrize("save_halves", [False, True])
+def test_joined_casts_of_parameters_are_casts(save_halves: bool) -> None:
+    """A bf16 copy of two weights in one tensor is no activation, saved whole or as its two halves."""
+    gate, up = nn.Parameter(torch.randn(D_FFN, D)), nn.Parameter(torch.randn(D_FFN, D))
+    x = dense_input(torch.bfloat16)
+
+    def forward() -> Tensor:
+        joined = torch.cat([gate, up]).to(torch.bfloat16)
+        return x @ joined[:D_FFN].T + x @ joined[D_FFN:].T if save_halves else x @ joined.T
+
+    saved = memory.saved_bytes(forward, [gate, up], [x])
+    assert saved == SavedBytes(T * D * 2, 2 * D_FFN * D * 2, T * D * 2)
+
+
+def test_a_weight_in_a_longer_buffer_is_no_reason_to_leave_the_buffer_out() -> None:
+    """Where an activation shares the storage of a cast weight, all of it counts."""
+    weight = nn.Parameter(torch.randn(D, D))
+    x = dense_input()
+
+    def forward() -> Tensor:
+        buffer = torch.cat([weight.detach(), x.detach()]).to(torch.bfloat16)
+        return (x.to(torch.bfloat16) @ buffer[:D].requires_grad_()).float() * buffer[D:]
+
+    assert memory.saved_bytes(forward, [weight], []).parameter_cast_bytes == 0
+
+
 def test_checkpointing_saves_the_input_alone() -> None:
     """What a checkpoint recomputes is not saved; its input is."""
     layer = DenseFFN(FfnShape(D, D_FFN))

@@ -102,18 +102,14 @@ def test_what_layers_save_is_exactly_what_autograd_keeps(method: str, dtype: str
 
 
 def test_whole_models_on_an_h100_are_predicted_within_four_percent() -> None:
-    """Every measured pretrain peak, dense, compiled and sparse; never below. `moc` within 13 %.
-
-    Its saved bytes hold joined casts of weights, which do not grow with the tokens (docs/measured.md).
-    """
+    """Every measured pretrain peak, dense, compiled and sparse; never below."""
     peaks = measured_peaks("pretrain")
     assert len(peaks) >= 4
     for point, measured, saved in peaks:
         peak = predict_peak(point, "cuda", saved)
         assert peak is not None
         assert not peak.assumed
-        most = 1.13 if point.method == "moc" else 1.04
-        assert measured < peak.row_bytes < most * measured, point.label
+        assert measured < peak.row_bytes < 1.04 * measured, point.label
 
 
 def test_a_measured_rival_makes_a_prediction_better() -> None:

@@ -1,5 +1,7 @@
 """The strong dense rivals: same function as plain dense, and what they keep."""
 
+import copy
+
 import pytest
 import torch
 
@@ -34,6 +36,28 @@ def test_fused_dense_is_dense() -> None:
     for gradient, expected in zip(found, (truth.dx, truth.dw_gate, truth.dw_up, truth.dw_down), strict=True):
         assert gradient is not None
         assert relative(gradient, expected) < 1e-14
+
+
+def test_fused_dense_frozen_follows_its_weights() -> None:
+    """Frozen, it is still dense after a weight is written in place, moved to a dtype, copied or replaced."""
+    layer, plain = FusedFFN(SHAPE).double(), DenseFFN(SHAPE).double()
+    x, _dy = data(torch.float64)
+
+    def check(layer: FusedFFN) -> None:
+        plain.load_state_dict(layer.state_dict())
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), plain(x), rtol=1e-12, atol=1e-12)
+
+    layer.freeze()
+    check(layer)
+    layer.load_state_dict({name: 2 * weight for name, weight in layer.state_dict().items()})
+    check(layer)
+    layer.float().double()
+    check(layer)
+    layer.freeze()
+    other = copy.deepcopy(layer)
+    other.w_up.data = -layer.w_up.data
+    check(other)
 
 
 def test_fp8_dense_has_the_exact_output_and_gradients_rounded_to_three_bits() -> None:
