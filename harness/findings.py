@@ -9,6 +9,7 @@ from __future__ import annotations
 import pandas as pd
 
 from harness import text
+from harness.rows import CPU_PREFIX
 from harness.tables import failures, lead_lines, point_table, summarise
 
 # Below this a training run is too short to rank methods by quality (about 20 is compute-optimal).
@@ -48,17 +49,13 @@ def _of_device(points: pd.DataFrame) -> list[str]:
         sentences += [speed_sentence(compared, part), memory_sentence(compared)]
         if workload == "pretrain":
             sentences += [quality_sentence(compared), *_hedges(compared, part)]
-    if not summary.empty and not any(_on_gpu(name) for name in summary["peak_metric"]):
+    if not summary.empty and points["device_name"].iloc[0].startswith(CPU_PREFIX):
         sentences.append(
             "These are CPU numbers: speed and resident memory here say nothing about a GPU, "
             "where the balance of arithmetic and traffic is another."
         )
     sentences += _left_out(points)
     return [sentence for sentence in sentences if sentence]
-
-
-def _on_gpu(peak_metric: str) -> bool:
-    return peak_metric == "peak_allocated_bytes"
 
 
 def _nothing_to_compare(workload: str, part: pd.DataFrame) -> str:

@@ -35,6 +35,7 @@ _INTEGERS = (
 )
 _FLOATS = ("k_frac", "lr", "value", "ci_low", "ci_high", "sm_clock_mhz")
 _BOOLEANS = ("higher_is_better", "throttled")
+CPU_PREFIX = "CPU: "  # of a device_name that is no GPU's
 PointPlace = tuple[str, str]  # device_name, point_key
 BatchKey = tuple[str, int, str, str]  # run_id, attempt, device_name, point_key
 # A measured value stands behind these; the others are outcomes without one.

@@ -16,8 +16,6 @@ from torch import Tensor
 from moc.ops import autocast_cast, check_ffn_inputs, compute_dtype
 from moc.selection import Selection, parse_selection
 
-# The most tokens for which the decoding kernels are used, by rule.
-CROSSOVER = {"nm": 16, "topk": 4, "topk_abs": 4, "threshold": 4}
 DECODE_DTYPES = (torch.bfloat16, torch.float16)
 MAX_D_FFN = 65534  # two counts share a 32-bit word
 
@@ -28,8 +26,18 @@ def decode_path(selection: Selection, d_ffn: int, tokens: int, dtype: torch.dtyp
     `rows`: the decoding kernels, which read the kept rows of w_up and w_down only. `gemm`: GEMMs over all
     rows, and the select pass.
     """
-    few = 1 <= tokens <= CROSSOVER[selection.rule]
+    few = 1 <= tokens <= most_tokens(selection, d_ffn)
     return "rows" if few and dtype in DECODE_DTYPES and d_ffn <= MAX_D_FFN else "gemm"
+
+
+def most_tokens(selection: Selection, d_ffn: int) -> int:
+    """The most tokens for which the decoding kernels are faster; see docs/measured.md, 2026-11-26.
+
+    One token, unless whole banks are shared: of 16 tokens' choices wide banks leave the most rows unread.
+    """
+    if (selection.m or 0) < 32:
+        return 1
+    return 8 if d_ffn >= 8192 else 4
 
 
 def decodes(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, selection: Selection) -> bool:

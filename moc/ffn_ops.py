@@ -89,14 +89,16 @@ def _forward(
 
     rule, d_ffn = parse_selection(selection), w_gate.shape[0]
     y, pairs, scales, bitmask, overflow = _empty_outputs(x, w_gate, rule, fp8, keep)
-    overflow.zero_()
+    if rule.rule == "threshold" or x.numel() == 0:
+        overflow.zero_()  # else the select pass does it
     x, flat_y = x.reshape(-1, x.shape[-1]), y.view(-1, x.shape[-1])
     width, size = _padded(d_ffn), x.element_size()
     kept = _kept(pairs, scales, bitmask) if keep else None
     joined = _side_by_side(w_gate, w_up)
     chunks = chunks_of(x.shape[0], width * size)
     buffer = x.new_empty(_longest(chunks), 2 * width)
-    buffer[:, width + d_ffn :] = 0  # oneDNN's bf16 GEMM reads a column too many, and NaN * 0 is NaN
+    if width > d_ffn:
+        buffer[:, width + d_ffn :] = 0  # oneDNN's bf16 GEMM reads a column too many, and NaN * 0 is NaN
     with torch.autocast(x.device.type, enabled=False):
         for chunk in chunks:
             gu = buffer[: chunk.stop - chunk.start]

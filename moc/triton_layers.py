@@ -32,6 +32,9 @@ class TritonMoCFFN(MoCFFN):
         self._place_side_by_side()
         return self
 
+    def freeze(self) -> None:
+        self._place_side_by_side()
+
     def _place_side_by_side(self) -> None:
         """Let w_gate and w_up follow each other in memory, so that one GEMM takes both without a copy.
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from harness.measure.clocks import open_nvml
+from harness.rows import CPU_PREFIX
 
 _ROOT = Path(__file__).resolve().parents[2]
 
@@ -48,7 +49,7 @@ def device_name(device: str) -> str:
     """What a row calls the device: the GPU's own name, or `CPU: <model>, <n> cores`."""
     if device == "cuda":
         return torch.cuda.get_device_name()
-    return f"CPU: {_cpu_model() or platform.machine()}, {_cores()} cores"
+    return f"{CPU_PREFIX}{_cpu_model() or platform.machine()}, {_cores()} cores"
 
 
 def gpu_identity() -> str:

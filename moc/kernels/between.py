@@ -75,6 +75,8 @@ class Tiling:
     rows: int  # words of the bitmask, of 32 channels each, in a tile
     vector: int  # neighbouring channels in a lane, at most 8
     guess: bool = True  # select: start the search where a normal distribution has its K-th largest
+    part: int = 0  # select, with nothing kept: channels of a row that a program writes; 0: all of them
+    chunk: int = CHUNK  # select: channels whose banks `banks.BISECT` searches at once
 
 
 @jit(do_not_specialize=_SELECT_VALUES)
@@ -85,7 +87,7 @@ def select_fwd_kernel(
     pairs_ptr,  # [T, K, 2], or None if nothing is kept
     scales_ptr,  # [T, 2] float32, or None
     bitmask_ptr,  # [T, ceil(F / 32)] int32, or None
-    overflow_ptr,  # int64 scalar, added to
+    overflow_ptr,  # int64 scalar: added to for THRESHOLD, else set to zero
     g_stride,
     u_stride,
     z_stride,
@@ -93,6 +95,7 @@ def select_fwd_kernel(
     first,
     quantile,
     F: tl.constexpr,
+    PART: tl.constexpr,
     RULE: tl.constexpr,
     N: tl.constexpr,
     M: tl.constexpr,
@@ -118,8 +121,10 @@ def select_fwd_kernel(
     if RULE != NM:
         score, cut, overflow = row_threshold(g_ptr, K, first, quantile, F, PIECE, RULE, PACKED, GUESS, ASM)
         if RULE == THRESHOLD:  # noqa: SIM102 - the outer condition is decided when compiling
-            if overflow > 0:
+            if (overflow > 0) & (tl.program_id(1) == 0):
                 tl.atomic_add(overflow_ptr, overflow.to(tl.int64), sem="relaxed")
+    if RULE != THRESHOLD:
+        tl.store(overflow_ptr, tl.full((), 0, tl.int64), (row == 0) & (tl.program_id(1) == 0))
     if FP8:
         g_scale = _fp8_scale(g_ptr, F, PIECE)
         u_scale = _fp8_scale(u_ptr, F, PIECE)
@@ -135,7 +140,9 @@ def select_fwd_kernel(
     n_kept = 0
     if RULE == NM and WAY == BISECT:
         b_chunk = tl.full((CHUNK // 32,), 0, tl.int32)  # the kept channels of this tile and of others
-    for start in range(0, F, ROWS * 32):
+    begin = tl.program_id(1) * PART
+    end = tl.minimum(begin + PART, F) if PART else F
+    for start in range(begin, end, ROWS * 32):
         if RULE == NM and WAY == BISECT:  # noqa: SIM102 - as above
             if start % CHUNK == 0:
                 b_chunk = bits_of_chunk(g_ptr, start // 2, F, N, M, CHUNK, ASM)
@@ -271,7 +278,8 @@ def select_pass(
 
     g, u and z (which may be u) are [T, d_ffn] of bfloat16, float16 or float32, each row contiguous. `kept`
     is for these T tokens; to `overflow`, an int64 scalar, the channels that the cap of a `threshold` rule
-    left out are added. A NaN gate ranks as plus infinity. Raises ValueError for inputs that do not fit.
+    left out are added, and other rules set it to 0. A NaN gate ranks as plus infinity. Raises ValueError for
+    inputs that do not fit.
     """
     _check(g=g, u=u, z=z)
     n_tokens, d_ffn = g.shape
@@ -281,12 +289,12 @@ def select_pass(
     vector = _vector(g, u, z)
     size = g.element_size()
     packed = size == 2 and vector >= 2 and (INTERPRETED or _compares_pairs(g.device))
-    tiling = tiling or select_tiling(d_ffn, selection, packed)
+    tiling = tiling or select_tiling(d_ffn, selection, packed, few=kept is None and n_tokens <= FEW_TOKENS)
     fp8 = kept is not None and kept.scales is not None
     if fp8:
         _check_fp8(g.device)
     with launching_on(g):
-        select_fwd_kernel[(n_tokens,)](
+        select_fwd_kernel[(n_tokens, -(-d_ffn // tiling.part) if tiling.part else 1)](
             g,
             u,
             z,
@@ -360,11 +368,12 @@ def select_constants(
     n, m = selection.n, selection.m
     return {
         "F": d_ffn,
+        "PART": tiling.part,
         "RULE": RULES[selection.rule],
         "N": n or 0,
         "M": m or 0,
         "WAY": way(n, m, itemsize, packed) if n and m else 0,
-        "CHUNK": CHUNK,
+        "CHUNK": tiling.chunk,
         "KEEP": keep,
         "FP8": fp8,
         "PACKED": packed and selection.rule != "topk_abs",
@@ -386,11 +395,14 @@ def expand_constants(d_ffn: int, width: int, vector: int, fp8: bool, tiling: Til
     }
 
 
-def select_tiling(d_ffn: int, selection: Selection, packed: bool) -> Tiling:
+def select_tiling(d_ffn: int, selection: Selection, packed: bool, few: bool = False) -> Tiling:
     """The tiling of the select pass; `packed`: gates are of 16 bits and can be compared in pairs.
 
-    Measured by tune.py on an H100 (docs/measured.md, 2026-11-26).
+    `few`: for so few tokens that one program a token would leave the GPU idle, with nothing kept. Measured by
+    tune.py and tune_decode.py on an H100 (docs/measured.md, 2026-11-26).
     """
+    if few:
+        return _tiling_of_few(d_ffn, selection, packed)
     if selection.rule == "nm":
         return Tiling(num_warps=1, rows=16 if (selection.m or 0) >= 32 else 8, vector=8)
     # The row is held by one warp up to so many channels.
@@ -400,6 +412,18 @@ def select_tiling(d_ffn: int, selection: Selection, packed: bool) -> Tiling:
     return Tiling(num_warps=num_warps, rows=8 * num_warps, vector=8)
 
 
+def _tiling_of_few(d_ffn: int, selection: Selection, packed: bool) -> Tiling:
+    """A token's row is shared by programs, each of which searches the K-th largest for itself."""
+    if selection.rule == "nm":
+        n, m = selection.n or 1, selection.m or 1
+        if way(n, m, 2 if packed else 4, packed) == BISECT.value:
+            return Tiling(num_warps=1, rows=4, vector=8, part=128, chunk=128)
+        return Tiling(num_warps=1, rows=8, vector=8, part=256)
+    num_warps = 4 if d_ffn <= 8192 else 8
+    return Tiling(num_warps, rows=4 * num_warps, vector=4, part=128 * num_warps)
+
+
+FEW_TOKENS = 64
 EXPAND_TILING = Tiling(num_warps=2, rows=16, vector=8)
 
 

@@ -18,6 +18,7 @@ from statistics import NormalDist
 
 import torch
 from torch import Tensor
+from triton import next_power_of_2
 
 from moc.kernels.decode import (
     ALL,
@@ -122,7 +123,7 @@ def decode_tiling(d_ffn: int, selection: Selection | None, tokens: int, int8: bo
         blocks = max(1, d_ffn // 1376)
         return DecodeTiling(16, 512, 16, 512, 512, down=DownTile(8, 1024, 8, blocks))
     if local and bank <= 16:
-        slots = min(16, _power(32 // bank * (selection.n or 1)))
+        slots = min(16, next_power_of_2(32 // bank * (selection.n or 1)))
         if int8:
             return DecodeTiling(32, 256, slots, 1024, 2048, stages=3, registers=168, pdl=True)
         return DecodeTiling(32, 256, slots, 1024, 1024, registers=168, pdl=True)
@@ -303,19 +304,11 @@ def search_values(d_ffn: int, selection: Selection | None, dtype: torch.dtype) -
 
 def cut_warps(d_ffn: int) -> int:
     """Warps of the kernel that searches a token's K-th largest: 1024 to 2048 channels each."""
-    return max(1, min(16, _power(d_ffn / 2048)))
+    return max(1, min(16, next_power_of_2(-(-d_ffn // 2048))))
 
 
 def _bank_width(selection: Selection) -> int:
-    return _power(selection.m or 1)
-
-
-def _power(value: float) -> int:
-    """The least power of two that is not below `value`."""
-    power = 1
-    while power < value:
-        power *= 2
-    return power
+    return next_power_of_2(selection.m or 1)
 
 
 def _check_tensors(x: Tensor, rows: Rows) -> None:

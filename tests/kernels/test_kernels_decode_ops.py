@@ -11,7 +11,7 @@ from torch import Tensor
 
 from harness.measure import gate
 from moc import METHODS, FfnShape, parse_selection
-from moc.decode_ops import CROSSOVER, decode_path, decodes, int8_decode, moc_decode
+from moc.decode_ops import decode_path, decodes, int8_decode, moc_decode, most_tokens
 from moc.ffn_ops import triton_moc_ffn
 from moc.int8 import Int8FFN, dequantize_rows, quantize_rows
 from moc.reference import dense_forward, moc_forward
@@ -75,7 +75,7 @@ def test_a_layer_decodes_few_tokens_and_no_others(rule: str, device: str) -> Non
     selection = parse_selection(rule)
     layer = TritonMoCFFN(SHAPE, selection).to(device, torch.bfloat16)
     fill(layer)
-    crossover = CROSSOVER[selection.rule]
+    crossover = most_tokens(selection, 150)
     for shape in [(40,), (1, crossover, 40), (crossover + 1, 40), (0, 40)]:
         x = torch.randn(shape).to(device, torch.bfloat16)
         few = 1 <= x.numel() // 40 <= crossover
@@ -103,7 +103,7 @@ def test_overflow_is_counted_on_both_paths(device: str) -> None:
     selection = parse_selection("threshold:0.0:0.1")
     layer = TritonMoCFFN(SHAPE, selection).to(device, torch.float16)
     fill(layer)
-    x = torch.randn(CROSSOVER["threshold"], 40).to(device, torch.float16)
+    x = torch.randn(most_tokens(selection, 150), 40).to(device, torch.float16)
     with torch.no_grad():
         layer(x)
         decoded = int(layer.overflow_count)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moc import FfnShape, MoCFFN, ops, parse_selection
@@ -12,7 +13,8 @@ from moc.reference import moc_forward, select_mask
 
 D, D_FFN = 48, 320
 RULES = ("topk:0.1875", "topk:1", "topk_abs:0.25", "nm:2:8", "nm:12:64", "threshold:0.5:0.3")
-TOLERANCE = {torch.float64: 1e-14, torch.float32: 2e-6, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
+# Of the sums of magnitudes, since a row of w_up may be almost orthogonal to x.
+TOLERANCE = {torch.float64: 1e-15, torch.float32: 3e-7, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-11}
 
 
 def case(tokens: int, dtype: torch.dtype) -> list[Tensor]:
@@ -36,7 +38,10 @@ def test_output_is_the_references(
             y = kept_rows_output(x, x @ weights[0].T, mask, *weights[1:])
             truth = moc_forward(x, *weights, selection)
             assert y.dtype == dtype
-            assert float((y.double() - truth).norm() / truth.norm()) < TOLERANCE[dtype], (rule, tokens)
+            wide_x, w_gate, w_up, w_down = (tensor.double() for tensor in (x, *weights))
+            z = F.silu(wide_x @ w_gate.T).abs() * mask * (wide_x.abs() @ w_up.abs().T)
+            error = (y.double() - truth).norm() / (z @ w_down.abs()).norm()
+            assert float(error) < TOLERANCE[dtype], (rule, tokens)
 
 
 def test_rows_that_are_not_kept_are_not_read() -> None:

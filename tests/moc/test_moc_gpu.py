@@ -121,6 +121,7 @@ def requested_bytes() -> int:
 
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")  # float32 stays float32 here
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # inductor's own import
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo, of Liger's
 @pytest.mark.parametrize("method", [name for name in METHODS if METHODS[name].backward])
 @pytest.mark.usefixtures("fresh_compiler")
 def test_whole_model_through_inductor(method: str) -> None:
