@@ -148,9 +148,11 @@ class CudaSampler:
         self._flush = L2Flush(device) if self._caches == "cold" else None
         self._cycles_per_ms = spin_cycles_per_ms()
         self._timers: dict[str, _EventTimer] = {}
+        self._contenders: list[Contender] = []  # a graph does not keep the tensors that it reads
 
     def add(self, contender: Contender) -> None:
         """See `Sampler`. Raises CaptureError if it cannot be captured; out of memory is passed on."""
+        self._contenders.append(contender)
         prepare, call = contender.prepare, contender.call
         if self._pool is not None:
             _warm_up_on_side_stream(contender)

@@ -1,5 +1,7 @@
 """What only a GPU can show: that graphs, flushes, backlogs and memory passes do what they are said to."""
 
+import gc
+import weakref
 from collections.abc import Callable
 
 import numpy as np
@@ -13,7 +15,7 @@ from harness.measure import gate, memory, roofline, selftest, stats
 from harness.measure.clocks import ClockReader
 from harness.measure.ffn import TrainingCalls, ffn_weights, natural_tensors
 from harness.measure.launch import Contender
-from harness.measure.timing import PairedTimes, TimingSettings, time_paired
+from harness.measure.timing import PairedTimes, TimingSettings, open_sampler, time_paired
 from harness.workloads import ffn_decode, ffn_train
 from moc.config import FfnShape
 from moc.layers import DenseFFN
@@ -222,6 +224,18 @@ def test_ffn_train_measures_eager_compiled_and_sparse_methods() -> None:
     for name, wide in (("dense", 4), ("dense_gu", 2), ("dense_recompute", 0)):
         saved = recorder.rows[name]["saved_activation_bytes_per_token"]["value"]
         assert saved == (512 + wide * 1408) * 2
+
+
+@pytest.mark.parametrize("mode", ["graph_cold", "graph_rotated", "launch_cold"])
+def test_a_sampler_keeps_what_its_contender_reads(mode: str) -> None:
+    """Whoever holds the sampler alone can go on sampling: a graph does not keep the tensors it reads."""
+    x = torch.randn(1 << 20, device=CUDA)
+    alive = weakref.ref(x)
+    sampler, _notes = open_sampler([Contender("a", lambda x=x: x + 1)], CUDA, mode)
+    del x
+    gc.collect()
+    assert alive() is not None
+    assert sampler.sample("a") > 0
 
 
 def test_decode_latency_agrees_with_the_profiler() -> None:
