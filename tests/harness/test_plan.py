@@ -54,8 +54,8 @@ def measured_peaks(workload: str) -> list[tuple[Point, float, float | None]]:
     rows = rows[rows["workload"] == workload]
     values = rows.pivot_table(index="point_key", columns="metric", values="value")
     found = rows[rows["metric"] == "peak_allocated_bytes"].drop_duplicates("point_key")
-    saved = values["saved_activation_bytes_per_token"]
-    return [(point_of(row), float(row["value"]), saved[row["point_key"]]) for _, row in found.iterrows()]
+    saved = values["saved_activation_bytes_per_token"].dropna()
+    return [(point_of(row), float(row["value"]), saved.get(row["point_key"])) for _, row in found.iterrows()]
 
 
 def saved_by_autograd(model: Llama, tokens: torch.Tensor, dtype: str) -> int:
