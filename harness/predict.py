@@ -151,6 +151,9 @@ def _layer_step_bytes(point: Point, ffn_saved: float, working: float) -> float:
 def _working_bytes(method: Method, point: Point, device: str, ffn_saved: float) -> float:
     """Full-width tensors of one layer's backward pass beside those that it saved."""
     size = ITEM_SIZE[point.dtype]
+    if method.scratch_bytes is not None:
+        scratch = method.scratch_bytes(FfnShape(point.d_model, point.d_ffn), point.tokens, size)
+        return scratch + point.tokens * point.d_model * size  # and y, which the other figures include
     width = point.d_ffn * size
     fused = method.compiles_on(device) and method.saved_bytes_per_token is None
     alive = (_WORKING_COMPILED if fused else _WORKING) * width

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from moc.compact import n_words
+from moc.config import FfnShape
 from moc.ops import autocast_cast, check_ffn_inputs
 from moc.selection import Selection, parse_selection
 
@@ -70,6 +71,16 @@ def chunks_of(n_tokens: int, token_bytes: int) -> list[slice]:
         count = min(MAX_CHUNKS, max(MIN_CHUNKS, round(n_tokens * token_bytes / CHUNK_BYTES)))
     length = -(-n_tokens // (count * CHUNK_MULTIPLE)) * CHUNK_MULTIPLE  # equal but for the last
     return [slice(start, min(start + length, n_tokens)) for start in range(0, n_tokens, max(1, length))]
+
+
+def backward_scratch_bytes(shape: FfnShape, n_tokens: int, itemsize: int) -> int:
+    """Bytes a backward pass allocates beside dx and one weight gradient.
+
+    They are [dg du] and z of one chunk, the two other weight gradients, and w_gate and w_up side by side for
+    where they do not lie so.
+    """
+    token_bytes = _padded(shape.d_ffn) * itemsize
+    return token_bytes * (3 * _longest(chunks_of(n_tokens, token_bytes)) + 4 * shape.d_model)
 
 
 def _longest(chunks: list[slice]) -> int:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from moc.compact import n_words
 from moc.config import FfnShape, near_miss
+from moc.ffn_ops import backward_scratch_bytes
 from moc.int8 import Int8FFN, dense_int8_reference, moc_int8_ffn, moc_int8_reference
 from moc.layers import ActPruneFFN, DenseFFN, DenseGuFFN, MoCFFN, RecomputeFFN
 from moc.reference import (
@@ -72,6 +73,9 @@ class Method:
     # (shape, k, itemsize) -> bytes kept per token between forward and backward, x included and weights not;
     # None: not known by formula
     saved_bytes_per_token: Callable[[FfnShape, int, int], float] | None = None
+    # (shape, tokens, itemsize) -> bytes a backward pass allocates beside dx and one weight gradient; None: as
+    # autograd or inductor does it
+    scratch_bytes: Callable[[FfnShape, int, int], int] | None = None
     # (d_model, itemsize) -> bytes of one row of w_gate, w_up or w_down as decoding reads it
     row_bytes: Callable[[int, int], int] = _wide_row_bytes
     generate_refusal: str | None = None  # why it cannot be compared in `generate`; None: it can
@@ -280,6 +284,7 @@ METHODS: dict[str, Method] = {
             dtypes=frozenset({"fp32", "fp16", "bf16"}),
             device_types=frozenset({"cuda"}),
             saved_bytes_per_token=_compact_bytes,
+            scratch_bytes=backward_scratch_bytes,
         ),
         Method(
             name="moc_fp8",
@@ -292,6 +297,7 @@ METHODS: dict[str, Method] = {
             device_types=frozenset({"cuda"}),
             kept_roundoff=FP8_ROUNDOFF,
             saved_bytes_per_token=_compact_fp8_bytes,
+            scratch_bytes=backward_scratch_bytes,
         ),
         Method(
             name="moc_reference",

@@ -15,7 +15,7 @@ from harness.store import COLUMNS, Store, read_rows
 from moc.config import PRESETS
 from moc.selection import parse_selection
 
-CPU = "Example CPU"
+CPU = "CPU: Example, 2 cores"
 GPU = "Example GPU 80GB"
 
 Value = float | tuple[float, float, float]
