@@ -8,8 +8,8 @@ holds a step with each of so many copies that what a step reads is four times th
 medians of replays, per step. Beside them stands the dense network by cuBLAS, gate and up in one product, in
 a graph of the same kind. One line of JSON per measurement goes to OUT.jsonl, a table to the terminal.
 
-It decides: `decode_tiling` of decode_launch.py, and `most_tokens` of decode_ops.py: the rows "gemm" are the path
-a layer takes above it.
+It decides: `decode_tiling` of decode_launch.py, and `most_tokens` of decode_ops.py: the rows "gemm" are the
+path a layer takes above it.
 """
 
 from __future__ import annotations
