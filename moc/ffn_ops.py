@@ -30,7 +30,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from moc.compact import n_words
 from moc.config import FfnShape
-from moc.ops import autocast_cast, check_ffn_inputs
+from moc.ops import autocast_cast, check_ffn_inputs, side_by_side
 from moc.selection import Selection, parse_selection
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def _forward(
     x, flat_y = x.reshape(-1, x.shape[-1]), y.view(-1, x.shape[-1])
     width, size = _padded(d_ffn), x.element_size()
     kept = _kept(pairs, scales, bitmask) if keep else None
-    joined = _side_by_side(w_gate, w_up)
+    joined = _whole_tiles(w_gate, w_up)
     chunks = chunks_of(x.shape[0], width * size)
     buffer = x.new_empty(_longest(chunks), 2 * width)
     if width > d_ffn:
@@ -124,23 +124,14 @@ def _forward(
     return y, pairs, scales, bitmask, overflow
 
 
-def _side_by_side(w_gate: Tensor, w_up: Tensor) -> Tensor | None:
+def _whole_tiles(w_gate: Tensor, w_up: Tensor) -> Tensor | None:
     """[w_gate; w_up] as one tensor [2 d_ffn, d] if they lie so in memory and need no padding, else None."""
-    d_ffn, d = w_gate.shape
-    if (
-        w_gate.is_contiguous()
-        and w_up.is_contiguous()
-        and w_up.untyped_storage().data_ptr() == w_gate.untyped_storage().data_ptr()
-        and w_up.storage_offset() == w_gate.storage_offset() + d_ffn * d
-        and d_ffn == _padded(d_ffn)
-    ):
-        return w_gate.as_strided((2 * d_ffn, d), (d, 1))
-    return None
+    return side_by_side(w_gate, w_up) if w_gate.shape[0] == _padded(w_gate.shape[0]) else None
 
 
 def _joined(w_gate: Tensor, w_up: Tensor) -> Tensor:
     """[w_gate; 0; w_up; 0], each padded to a multiple of _ALIGN rows."""
-    joined = _side_by_side(w_gate, w_up)
+    joined = _whole_tiles(w_gate, w_up)
     if joined is None:
         d_ffn, d = w_gate.shape
         joined = w_gate.new_empty(2, _padded(d_ffn), d)

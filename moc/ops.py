@@ -83,6 +83,20 @@ def autocast_cast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.to(compute_dtype(t)) for t in tensors)
 
 
+def side_by_side(first: Tensor, second: Tensor) -> Tensor | None:
+    """Two matrices [rows, d] as one [2 rows, d] that shares their memory, or None if they do not lie so."""
+    rows, d = first.shape
+    if (
+        first.is_contiguous()
+        and second.is_contiguous()
+        and first.shape == second.shape
+        and second.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        and second.storage_offset() == first.storage_offset() + rows * d
+    ):
+        return first.as_strided((2 * rows, d), (d, 1))
+    return None
+
+
 def check_ffn_inputs(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> None:
     """Raise ValueError, naming the tensor, unless x [..., d] and three weights [d_ffn, d] fit together."""
     if w_gate.dim() != 2:

@@ -88,7 +88,7 @@ def _extent(tensor: Tensor) -> tuple[int, int] | None:
     """The bytes [start, end) of its storage that a matrix without gaps fills; None of any other tensor."""
     if tensor.dim() != 2 or not (tensor.is_contiguous() or tensor.T.is_contiguous()):
         return None
-    start = tensor.storage_offset() * tensor.element_size()
+    start = int(tensor.storage_offset()) * tensor.element_size()
     return start, start + tensor.numel() * tensor.element_size()
 
 

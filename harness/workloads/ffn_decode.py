@@ -38,6 +38,7 @@ from harness.workloads.ffn_group import (
     compiled,
     drop_failed,
     finish_timed,
+    frozen,
     make_layer,
     open_entry,
     open_group,
@@ -48,7 +49,6 @@ from harness.workloads.ffn_group import (
     with_weights,
 )
 from moc.config import FfnShape
-from moc.layers import FfnWeights
 from moc.methods import get_method
 from moc.reference import select_mask
 
@@ -154,10 +154,8 @@ def _admit(bench: _Bench, entry: Entry) -> _Candidate | None:
     except ValueError as error:
         report.finish(point, "unsupported", f"method {entry.method.name}: {error}")
         return None
-    plain = [first_layer, *(with_weights(first_layer, tensors) for tensors in bench.copies[1:])]
-    for layer in plain:
-        if isinstance(layer, FfnWeights):  # one from outside need not be
-            layer.freeze()
+    others = (with_weights(first_layer, tensors) for tensors in bench.copies[1:])
+    plain = [frozen(layer) for layer in (first_layer, *others)]
     layers = [compiled(group, entry, layer) for layer in plain]
     call = _decode_call(layers, bench.x)
     result = None

@@ -19,6 +19,7 @@ from harness.measure.gate_data import chunk_rows
 from harness.measure.timing import ContenderFailed, PairedTimes, TimingSettings
 from harness.points import Point
 from moc.config import FfnShape
+from moc.layers import FfnWeights
 from moc.methods import Method, get_method
 from moc.reference import overflow_count
 from moc.selection import Selection, parse_selection
@@ -138,6 +139,13 @@ def with_weights(layer: nn.Module, tensors: FfnTensors) -> nn.Module:
     for name, weight in ffn_weights(other, shape).items():
         weight.data = getattr(tensors, name)
     return other
+
+
+def frozen(layer: nn.Module) -> nn.Module:
+    """The layer itself, ready for calls without gradients on the weights it has."""
+    if isinstance(layer, FfnWeights):  # one from outside need not be
+        layer.freeze()
+    return layer
 
 
 def compiled(group: Group, entry: Entry, work: _Work) -> _Work:

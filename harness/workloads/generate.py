@@ -28,6 +28,7 @@ from harness.workloads.ffn_group import (
     compiled,
     drop_failed,
     finish_timed,
+    frozen,
     join_notes,
     open_entry,
     open_group,
@@ -170,7 +171,9 @@ def _prepare(bench: _Bench, entry: Entry) -> tuple[_Candidate | None, float]:
     ffn_weights(layer, config.ffn)  # raises for what is no SwiGLU
     if bench.settings.gate and not _layer_is_right(bench, entry, layer):
         return None, 0.0
-    ffns = [with_weights(layer, ffn_tensors(bench.weights, number)) for number in range(config.n_layers)]
+    ffns = [
+        frozen(with_weights(layer, ffn_tensors(bench.weights, number))) for number in range(config.n_layers)
+    ]
     del layer
     decoder = GreedyDecoder(
         model_on(config, bench.weights, ffns),

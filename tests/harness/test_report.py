@@ -144,11 +144,11 @@ def test_devices_get_sections_and_plots_of_their_own(tmp_path: Path) -> None:
     folder = small(tmp_path, GPU, CPU)
     files = write_report(folder)
     names = {path.name for path in files}
-    assert {"throughput_vs_k-example_gpu_80gb.png", "throughput_vs_k-example_cpu.png"} <= names
+    assert {"throughput_vs_k-example_gpu_80gb.png", "throughput_vs_k-cpu_example_2_cores.png"} <= names
     text = (folder / "report.md").read_text(encoding="utf-8")
     assert text.index(f"## {GPU}") < text.index(f"## {CPU}")
     assert "numbers of two devices never mix" in text
-    for section in re.split(r"^## Example ", text, flags=re.MULTILINE)[1:]:
+    for section in re.split(r"^## (?:CPU: )?Example ", text, flags=re.MULTILINE)[1:]:
         headline = section.split("### Headline")[1].split("###")[0]
         assert sorted(re.findall(r"\d\.\d\dx", headline)) == ["0.50x", "1.00x"]
 

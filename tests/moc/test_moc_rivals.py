@@ -55,6 +55,9 @@ def test_fused_dense_frozen_follows_its_weights() -> None:
     layer.float().double()
     check(layer)
     layer.freeze()
+    frozen = layer.w_gate.data_ptr()
+    layer.freeze()
+    assert layer.w_gate.data_ptr() == frozen  # what already lies side by side is not copied
     other = copy.deepcopy(layer)
     other.w_up.data = -layer.w_up.data
     check(other)
