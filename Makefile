@@ -57,7 +57,7 @@ soak: $(READY) ## kill -9 at random through a sweep and count what is lost: ARGS
 	$(PY) -m harness.soak $(ARGS)
 
 test: $(READY) ## run the tests
-	$(PY) -m pytest $(if $(shell $(PY) -c "import xdist" 2>/dev/null && echo yes),-n auto --maxprocesses 4 --dist loadgroup) $(ARGS)
+	$(PY) -m pytest $(if $(shell $(PY) -c "import xdist" 2>/dev/null && echo yes),-n auto --maxprocesses 4 --dist loadfile) $(ARGS)
 
 test-gpu: $(READY) ## run only the tests that need a GPU
 	$(PY) -m pytest -m gpu $(ARGS)

@@ -123,7 +123,8 @@ def _message(rows: pd.DataFrame) -> str:
             parts.append(f"at no batch with {words}")
             continue
         where = "" if len(wins) == len(lines) else f" at {len(wins)} of {len(lines)} shapes"
-        parts.append(f"up to batch {text.span(wins, text.tokens)} with {words}{where}")
+        until = "at batch 1" if wins.max() == 1 else f"up to batch {text.span(wins, text.tokens)}"
+        parts.append(f"{until} with {words}{where}")
     if not parts:
         return f"{label} decodes at several speeds"
     return f"{label} beats the fastest dense decoding {text.listing(parts)}"

@@ -27,7 +27,6 @@ parts:
     fixed: {tokens: 128, seq_len: 64, dtype: fp32}
     measure: {timing: {rel_ci: 0.5, max_seconds: 0.3}}
 """
-pytestmark = pytest.mark.xdist_group("sweep")  # one process runs the sweep that they share
 FILES = ("rows.jsonl", "rows.parquet", "rows.csv", "wide.csv", "report.md", "report.html", "study.journal")
 
 
