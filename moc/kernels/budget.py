@@ -25,7 +25,9 @@ from typing import Any
 class Variant:
     """One kernel as one launch would compile it."""
 
-    kind: str  # select, expand, loss, or a decoding kernel and for how many tokens: gate/1
+    # select, expand, loss, attend, select_few (few tokens, nothing kept), or a decoding kernel and for
+    # how many tokens: gate/1
+    kind: str
     rule: str
     d_ffn: int
     dtype: str
@@ -46,7 +48,10 @@ VARIANTS = (
     *(Variant("expand", "any", 5504, dtype) for dtype in ("bf16", "fp32")),
     Variant("expand", "any", 5504, "bf16", fp8=True),
     Variant("loss", "any", 0, "bf16"),  # of any vocabulary
+    *(Variant("select_few", rule, 5504, "bf16") for rule in ("topk:0.1875", "nm:2:8", "nm:12:64")),
+    Variant("attend", "any", 0, "bf16"),  # of any model whose heads are 128 wide
     *(Variant(kind, "topk:0.1875", 5504, "bf16") for kind in ("gate/1", "gate/16", "cut/1", "down/16")),
+    Variant("clear/1", "nm:2:8", 5504, "bf16"),
     *(Variant("channels/1", rule, 5504, "bf16") for rule in ("nm:2:8", "nm:12:64", "topk:0.1875")),
     *(Variant("channels/16", rule, 5504, "bf16") for rule in ("nm:12:64", "topk:0.1875")),
     *(Variant(kind, "dense", 5504, "i8") for kind in ("channels/1", "down/1", "channels/16", "down/16")),
@@ -97,11 +102,12 @@ def _pass(variant: Variant, capability: int) -> _Launch:
 
     narrow = variant.dtype != "fp32"
     packed = narrow and capability >= 90
-    if variant.kind == "select":
+    few = variant.kind == "select_few"
+    if few or variant.kind == "select":
         kernel, rule = between.select_fwd_kernel, parse_selection(variant.rule)
-        tiling = between.select_tiling(variant.d_ffn, rule, packed)
+        tiling = between.select_tiling(variant.d_ffn, rule, packed, few)
         constants = between.select_constants(
-            variant.d_ffn, rule, 2 if narrow else 4, packed, 8, True, variant.fp8, tiling
+            variant.d_ffn, rule, 2 if narrow else 4, packed, 8, not few, variant.fp8, tiling
         )
     else:
         kernel, tiling = between.expand_bwd_kernel, between.EXPAND_TILING
@@ -111,8 +117,20 @@ def _pass(variant: Variant, capability: int) -> _Launch:
     types |= {"bitmask_ptr": "*i32", "overflow_ptr": "*i64", "scales_ptr": "*fp32"}
     if variant.fp8:
         types["pairs_ptr"] = "*fp8e4nv"
-    fixed = {**constants, "ASM": True, **({} if variant.fp8 else {"scales_ptr": None})}
+    absent = [*([] if variant.fp8 else ["scales_ptr"]), *(["pairs_ptr", "bitmask_ptr"] if few else [])]
+    fixed = {**constants, "ASM": True, **dict.fromkeys(absent)}
     return _Launch(kernel, fixed, types, tiling.num_warps)
+
+
+def _attend(variant: Variant, _capability: int) -> _Launch:
+    """A step of attention, as `moc.kernels.attend` launches it."""
+    from moc.kernels import attend
+
+    kernel = attend.attend_step_kernel
+    types = dict.fromkeys(kernel.arg_names, "i32") | {"scale": "fp32"}
+    types |= {name: f"*{variant.dtype}" for name in types if name.endswith("_ptr")}
+    types |= {"cos_ptr": "*fp32", "sin_ptr": "*fp32", "position_ptr": "*i64"}
+    return _Launch(kernel, {"D": 128, "BLOCK": attend.BLOCK}, types, 4)
 
 
 def _loss(variant: Variant, _capability: int) -> _Launch:
@@ -141,6 +159,8 @@ def _decode(variant: Variant, capability: int) -> _Launch:
         assert tiling.gate is not None
         kernel, num_warps = decode.decode_gate_kernel, tiling.gate.num_warps
         constants = decode_launch.gate_constants(d, tokens, tiling)
+    elif kind == "clear":
+        kernel, num_warps, constants = decode.decode_clear_kernel, 4, {"PDL": tiling.pdl}
     elif kind == "cut":
         assert rule is not None
         kernel, num_warps = decode.decode_cut_kernel, decode_launch.cut_warps(d_ffn)
@@ -161,14 +181,17 @@ def _decode(variant: Variant, capability: int) -> _Launch:
     types |= {name: "*fp32" for name in types if "scale" in name}
     types |= dict.fromkeys(("z_ptr", "sum_ptr", "parts_ptr"), "*fp32")
     types |= dict.fromkeys(("cut_ptr", "zeros_ptr", "ticket_ptr", "tickets_ptr"), "*i32")
-    fixed = {**constants, "ASM": True, **{name: None for name in absent if name in kernel.arg_names}}
+    fixed = {**constants, "ASM": True, **dict.fromkeys(absent)}
+    fixed = {name: value for name, value in fixed.items() if name in kernel.arg_names}
     return _Launch(kernel, fixed, types, num_warps, ("D",))
 
 
 _LAUNCHES: dict[str, Callable[[Variant, int], _Launch]] = {
     "select": _pass,
+    "select_few": _pass,
     "expand": _pass,
     "loss": _loss,
+    "attend": _attend,
 }
 _LAUNCHES.update({variant.kind: _decode for variant in VARIANTS if "/" in variant.kind})
 

@@ -231,6 +231,23 @@ def test_tilings_do_not_matter(tiling: Tiling, device: str) -> None:
         assert_selected(*rows(1, 1100, torch.bfloat16, device), parse_selection(rule), tiling)
 
 
+@each_dtype
+@each_rule
+def test_a_row_shared_by_programs_is_the_same_row(rule: str, dtype: str, device: str) -> None:
+    """Few tokens with nothing kept: each program writes its part, with ties across parts, and counts once."""
+    selection = parse_selection(rule)
+    g, u = rows(2, 1300, DTYPES[dtype], device)
+    g.copy_((4 * g).round() / 4)
+    z = torch.full_like(g, math.nan)
+    overflow = torch.full((), 0 if selection.rule == "threshold" else 99, dtype=torch.int64, device=device)
+    select_pass(g, u, z, selection, None, overflow)
+    mask = select_mask(g, selection)
+    expected = mask * F.silu(g.double()) * u.double()
+    assert not z[~mask].any()
+    assert float((z.double() - expected).norm() / expected.norm()) < ROUNDING[dtype]
+    assert int(overflow) == int(overflow_count(g, selection))
+
+
 @pytest.mark.parametrize(
     ("rule", "packed", "limit"),
     [("topk:0.1", True, 192), ("topk:0.1", False, 96), ("topk_abs:0.1", False, 48)],
