@@ -130,7 +130,9 @@ def pack_bitmask(mask: Tensor) -> Tensor:
     words = n_words(d_ffn)
     # Eight bytes of 0 or 1, read as one integer x = sum of b_i * 2^(8 i), become one byte: the product with
     # sum of 2^(56 - 7 i) holds b_i at bit 56 + i, with no carry into those bits.
-    eights = F.pad(mask, (0, words * 32 - d_ffn)).contiguous().view(torch.int64)
+    padded = mask.new_zeros(n_tokens, words * 32)  # of its own, since a view's strides may not be whole words
+    padded[:, :d_ffn] = mask
+    eights = padded.view(torch.int64)
     octets = (eights * 0x0102040810204080 >> 56).to(torch.uint8)
     return octets.view(torch.int32).view(n_tokens, words)
 

@@ -24,7 +24,6 @@ from harness.measure.clocks import ClockReader
 from harness.measure.ffn import DTYPES, FfnTensors, ffn_weights, natural_tensors
 from harness.measure.launch import Contender, first_call_seconds, load_libraries, rotated_copies
 from harness.measure.timing import (
-    ContenderFailed,
     PairedTimes,
     TimingSettings,
     open_sampler,
@@ -36,15 +35,14 @@ from harness.workloads.ffn_group import (
     Entry,
     Group,
     compiled,
-    drop_failed,
     finish_timed,
     frozen,
     make_layer,
     open_entry,
     open_group,
-    release_memory,
     report_estimate,
     report_speedup,
+    time_all,
     timing_settings,
     with_weights,
 )
@@ -112,12 +110,12 @@ def run(job: Job, report: Reporter) -> None:
         candidate = _admit(bench, entry)
         if candidate is not None:
             candidates.append(candidate)
-    candidates, times = _time_all(bench, candidates)
-    if times is None:
-        return
+    candidates, times = time_all(
+        group, report, candidates, ("latency",), lambda left, _quantity: _time(bench, left)
+    )
     for candidate in candidates:
         report.start(candidate.entry.point)
-        _report_candidate(bench, candidate, candidates, times)
+        _report_candidate(bench, candidate, candidates, times["latency"])
 
 
 def _open(group: Group, point: Point, report: Reporter) -> Entry | None:
@@ -187,36 +185,25 @@ def _admit(bench: _Bench, entry: Entry) -> _Candidate | None:
     return _Candidate(entry, layers, call)
 
 
-def _time_all(bench: _Bench, candidates: list[_Candidate]) -> tuple[list[_Candidate], PairedTimes | None]:
-    """Paired times of the candidates that got through; the others are finished as `oom`."""
+def _time(bench: _Bench, candidates: Sequence[_Candidate]) -> PairedTimes:
     group = bench.group
-    while candidates:
-        points = {candidate.entry.name: candidate.entry.point for candidate in candidates}
+    points = {candidate.entry.name: candidate.entry.point for candidate in candidates}
 
-        def on_start(name: str, points: dict[str, Point] = points) -> None:
-            bench.report.start(points[name])
-            bench.report.progress(points[name], 0.6, "timing")
+    def on_start(name: str) -> None:
+        bench.report.start(points[name])
+        bench.report.progress(points[name], 0.6, "timing")
 
-        contenders = [
-            Contender(
-                candidate.entry.name,
-                candidate.call,
-                anchor=candidate.entry.method.is_dense,
-                calls=len(candidate.layers),
-            )
-            for candidate in candidates
-        ]
-        mode = _MODES.get(group.timing_mode, group.timing_mode)
-        try:
-            times = time_paired(
-                contenders, timing_settings(group, bench.settings), group.device, mode, on_start
-            )
-            return candidates, times
-        except ContenderFailed as failure:
-            left = drop_failed(bench.report, failure, [candidate.entry for candidate in candidates])
-        candidates = [candidate for candidate in candidates if candidate.entry in left]
-        release_memory(group)
-    return [], None
+    contenders = [
+        Contender(
+            candidate.entry.name,
+            candidate.call,
+            anchor=candidate.entry.method.is_dense,
+            calls=len(candidate.layers),
+        )
+        for candidate in candidates
+    ]
+    mode = _MODES.get(group.timing_mode, group.timing_mode)
+    return time_paired(contenders, timing_settings(group, bench.settings), group.device, mode, on_start)
 
 
 def _report_candidate(

@@ -6,7 +6,7 @@ import copy
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -159,7 +159,40 @@ def compiled(group: Group, entry: Entry, work: _Work) -> _Work:
     return run
 
 
-def drop_failed(report: Reporter, failure: ContenderFailed, entries: Sequence[Entry]) -> list[Entry]:
+class Timeable(Protocol):
+    """A candidate for timing, whatever else its workload knows of it."""
+
+    @property
+    def entry(self) -> Entry:
+        """Its point and method."""
+
+
+_Candidate = TypeVar("_Candidate", bound=Timeable)
+
+
+def time_all(
+    group: Group,
+    report: Reporter,
+    candidates: list[_Candidate],
+    quantities: Sequence[str],
+    time_one: Callable[[list[_Candidate], str], PairedTimes],
+) -> tuple[list[_Candidate], dict[str, PairedTimes]]:
+    """Paired times by quantity, and the candidates that got through; the others are finished as `oom`.
+
+    When one runs out of memory, the rest are timed anew. Raises what `time_one` raises else.
+    """
+    while candidates:
+        try:
+            return candidates, {quantity: time_one(candidates, quantity) for quantity in quantities}
+        except ContenderFailed as failure:
+            left = _without_failed(report, failure, [candidate.entry for candidate in candidates])
+        # Out of the handler, so that the failed attempt's frames no longer hold its memory.
+        candidates = [candidate for candidate in candidates if candidate.entry in left]
+        release_memory(group)
+    return [], {}
+
+
+def _without_failed(report: Reporter, failure: ContenderFailed, entries: Sequence[Entry]) -> list[Entry]:
     """The entries without the one that ran out of memory, whose point is finished as `oom`.
 
     Any other failure is raised again with its point blamed: what it left behind on the device is unknown, so

@@ -17,13 +17,12 @@ from harness.job import Job, MeasureSettings, Reporter
 from harness.measure import gate, memory, roofline, stats
 from harness.measure.ffn import FfnTensors, TrainingCalls, ffn_weights, natural_tensors
 from harness.measure.launch import Contender, first_call_seconds, load_libraries
-from harness.measure.timing import ContenderFailed, PairedTimes, time_paired
+from harness.measure.timing import PairedTimes, time_paired
 from harness.points import Point
 from harness.workloads.ffn_group import (
     Entry,
     Group,
     compiled,
-    drop_failed,
     finish_timed,
     join_notes,
     make_layer,
@@ -33,6 +32,7 @@ from harness.workloads.ffn_group import (
     report_estimate,
     report_overflow,
     report_speedup,
+    time_all,
     timing_settings,
 )
 
@@ -89,7 +89,9 @@ def run(job: Job, report: Reporter) -> None:
         candidate = _admit(bench, point)
         if candidate is not None:
             candidates.append(candidate)
-    candidates, times = _time_all(bench, candidates)
+    candidates, times = time_all(
+        group, report, candidates, _QUANTITIES, lambda left, quantity: _time_one(bench, left, quantity)
+    )
     for candidate in candidates:
         report.start(candidate.entry.point)
         _report_candidate(bench, candidate, candidates, times)
@@ -135,19 +137,6 @@ def _admit(bench: _Bench, point: Point) -> _Candidate | None:
             report.finish(point, "wrong", result.detail)
             return None
     return _Candidate(entry, layers, calls)
-
-
-def _time_all(bench: _Bench, candidates: list[_Candidate]) -> tuple[list[_Candidate], dict[str, PairedTimes]]:
-    """Paired times by quantity, and the candidates that got through; the others are finished as `oom`."""
-    while candidates:
-        try:
-            times = {quantity: _time_one(bench, candidates, quantity) for quantity in _QUANTITIES}
-            return candidates, times
-        except ContenderFailed as failure:
-            left = drop_failed(bench.report, failure, [candidate.entry for candidate in candidates])
-        candidates = [candidate for candidate in candidates if candidate.entry in left]
-        release_memory(bench.group)
-    return [], {}
 
 
 def _time_one(bench: _Bench, candidates: Sequence[_Candidate], quantity: str) -> PairedTimes:

@@ -20,13 +20,12 @@ from harness.job import Job, MeasureSettings, Reporter
 from harness.measure import gate, memory, stats
 from harness.measure.ffn import ffn_weights
 from harness.measure.launch import FLUSH_FACTOR, Contender, first_call_seconds, load_libraries
-from harness.measure.timing import ContenderFailed, PairedTimes, time_paired
+from harness.measure.timing import PairedTimes, time_paired
 from harness.points import Point
 from harness.workloads.ffn_group import (
     Entry,
     Group,
     compiled,
-    drop_failed,
     finish_timed,
     frozen,
     join_notes,
@@ -35,6 +34,7 @@ from harness.workloads.ffn_group import (
     release_memory,
     report_estimate,
     report_speedup,
+    time_all,
     timing_settings,
     with_weights,
 )
@@ -45,6 +45,7 @@ from moc.config import LlamaConfig
 from moc.decoding import GreedyDecoder, cache_length
 
 NEW_TOKENS = 32  # enough for the launch of the first graph to vanish; a longer loop says nothing new
+_QUANTITIES = ("decode", "first")
 _GATE_DRAWS = 4  # of the layer's gate: one on a few tokens sees little
 _MODES = {"auto": "graph_rotated", "graph_cold": "graph_rotated", "launch_cold": "launch_rotated"}
 
@@ -128,7 +129,9 @@ def run(job: Job, report: Reporter) -> None:
         if candidate is not None:
             candidates.append(candidate)
     bench.truths.clear()
-    candidates, times = _time_all(bench, candidates)
+    candidates, times = time_all(
+        group, report, candidates, _QUANTITIES, lambda left, quantity: _time_one(bench, left, quantity)
+    )
     for candidate in candidates:
         report.start(candidate.entry.point)
         _report_candidate(bench, candidate, candidates, times)
@@ -260,18 +263,6 @@ def _report_memory(bench: _Bench, candidate: _Candidate) -> None:
         statistic="max",
         detail=f"of which weights {weights} bytes, cache {cached} bytes",
     )
-
-
-def _time_all(bench: _Bench, candidates: list[_Candidate]) -> tuple[list[_Candidate], dict[str, PairedTimes]]:
-    """Paired times by quantity, and the candidates that got through; the others are finished as `oom`."""
-    while candidates:
-        try:
-            return candidates, {name: _time_one(bench, candidates, name) for name in ("decode", "first")}
-        except ContenderFailed as failure:
-            left = drop_failed(bench.report, failure, [candidate.entry for candidate in candidates])
-        candidates = [candidate for candidate in candidates if candidate.entry in left]
-        release_memory(bench.group)
-    return [], {}
 
 
 def _time_one(bench: _Bench, candidates: Sequence[_Candidate], quantity: str) -> PairedTimes:

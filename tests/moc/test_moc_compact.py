@@ -22,6 +22,14 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 RULES = ["topk:0.1875", "topk:1", "topk_abs:0.3", "nm:2:8", "nm:12:64", "nm:1:2", "threshold:0.25:0.2"]
 
 
+def test_a_mask_that_is_a_view_is_packed() -> None:
+    """A row of 32 out of a longer one, as a bank that reaches past d_ffn leaves it, whatever it starts at."""
+    longer = torch.rand(1, 70, generator=torch.Generator().manual_seed(0)) < 0.5
+    for start in (0, 1, 5):
+        mask = longer[:, start : start + 32]
+        assert torch.equal(unpack_bitmask(pack_bitmask(mask), 32), mask)
+
+
 @st.composite
 def gates_and_rule(draw: st.DrawFn) -> tuple[Tensor, Selection]:
     """Gates [T, d_ffn] with many ties (and signed zeros) or with none, and any rule that fits them."""
