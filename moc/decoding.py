@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moc.llama import Attention, Block, KVCache, LayerCache, Llama
+from moc.llama import Block, KVCache, LayerCache, Llama
+from moc.ops import place_side_by_side
 
 # Cache length is a multiple of it: a mask whose rows start at unaligned addresses is copied by every layer.
 _LENGTH_MULTIPLE = 64
@@ -47,7 +48,8 @@ class GreedyDecoder:
         length = max(max_len, min(cache_length(max_len), model.config.max_seq_len))
         self.cache = KVCache(model.config, batch, length, head.dtype, head.device)
         self.token = torch.zeros(batch, 1, dtype=torch.int64, device=head.device)
-        self._wqkv = [_side_by_side(cast(Block, block).attention) for block in model.layers]
+        attentions = [cast(Block, block).attention for block in model.layers]
+        self._wqkv = [place_side_by_side(part.wq, part.wk, part.wv) for part in attentions]
         self._start = compile_region(_start)
         self._layer = compile_region(_layer)
         self._end = compile_region(_end)
@@ -112,21 +114,3 @@ def _end(model: Llama, x: Tensor, delta: Tensor, token: Tensor, length: Tensor, 
     token.copy_(logits.argmax(dim=-1, keepdim=True))
     length.add_(added)
     return logits
-
-
-def _side_by_side(attention: Attention) -> Tensor:
-    """wq, wk and wv of an attention as one matrix [3 d_model, d_model] whose views they are from now on."""
-    parts: list[Tensor] = [attention.wq, attention.wk, attention.wv]
-    first, size = parts[0], parts[0].numel()
-    adjacent = all(
-        part.is_contiguous()
-        and part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        and part.storage_offset() == first.storage_offset() + place * size
-        for place, part in enumerate(parts)
-    )
-    if adjacent:
-        return first.detach().as_strided((3 * first.shape[0], first.shape[1]), (first.shape[1], 1))
-    joined = torch.cat([part.detach() for part in parts])
-    for part, view in zip(parts, joined.split(first.shape[0]), strict=True):
-        part.data = view
-    return joined

@@ -108,8 +108,7 @@ def _forward(
     joined = _whole_tiles(w_gate, w_up)
     chunks = chunks_of(x.shape[0], width * size)
     buffer = x.new_empty(_longest(chunks), 2 * width)
-    if width > d_ffn:
-        buffer[:, width + d_ffn :] = 0  # oneDNN's bf16 GEMM reads a column too many, and NaN * 0 is NaN
+    buffer[:, width + d_ffn :] = 0  # oneDNN's bf16 GEMM reads a column too many, and NaN * 0 is NaN
     with torch.autocast(x.device.type, enabled=False):
         for chunk in chunks:
             gu = buffer[: chunk.stop - chunk.start]

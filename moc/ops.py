@@ -83,18 +83,30 @@ def autocast_cast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.to(compute_dtype(t)) for t in tensors)
 
 
-def side_by_side(first: Tensor, second: Tensor) -> Tensor | None:
-    """Two matrices [rows, d] as one [2 rows, d] that shares their memory, or None if they do not lie so."""
-    rows, d = first.shape
-    if (
-        first.is_contiguous()
-        and second.is_contiguous()
-        and first.shape == second.shape
-        and second.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        and second.storage_offset() == first.storage_offset() + rows * d
-    ):
-        return first.as_strided((2 * rows, d), (d, 1))
-    return None
+def side_by_side(*matrices: Tensor) -> Tensor | None:
+    """Matrices [rows, d] as one [count * rows, d] that shares their memory, or None if they do not lie so."""
+    first, (rows, d) = matrices[0], matrices[0].shape
+    adjacent = all(
+        matrix.is_contiguous()
+        and matrix.shape == first.shape
+        and matrix.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        and matrix.storage_offset() == first.storage_offset() + place * rows * d
+        for place, matrix in enumerate(matrices)
+    )
+    return first.as_strided((len(matrices) * rows, d), (d, 1)) if adjacent else None
+
+
+def place_side_by_side(*parameters: Tensor) -> Tensor:
+    """Let parameters [rows, d] follow each other in memory, copied only if they do not; all of them as one.
+
+    They stay parameters of their own, views of what is returned, [count * rows, d] without gradient.
+    """
+    joined = side_by_side(*(parameter.detach() for parameter in parameters))
+    if joined is None:
+        joined = torch.cat([parameter.detach() for parameter in parameters])
+        for parameter, view in zip(parameters, joined.split(len(parameters[0])), strict=True):
+            parameter.data = view
+    return joined
 
 
 def check_ffn_inputs(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> None:

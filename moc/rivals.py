@@ -16,7 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from moc.config import FfnShape
 from moc.layers import FfnWeights
-from moc.ops import autocast_cast, check_ffn_inputs, side_by_side
+from moc.ops import autocast_cast, check_ffn_inputs, place_side_by_side
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max  # 448
@@ -41,10 +41,7 @@ class FusedFFN(FfnWeights):
 
         Writes in place stay visible, as `load_state_dict` does them. `.to()`, a copy and pickling undo it.
         """
-        self._w_gate_up = side_by_side(self.w_gate.data, self.w_up.data)
-        if self._w_gate_up is None:
-            self._w_gate_up = torch.cat([self.w_gate.data, self.w_up.data])
-            self.w_gate.data, self.w_up.data = self._w_gate_up.split(self.shape.d_ffn)
+        self._w_gate_up = place_side_by_side(self.w_gate, self.w_up)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedFFN:
         self._w_gate_up = None

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from moc.config import FfnShape
 from moc.decode_ops import decodes, moc_decode
 from moc.ffn_ops import triton_moc_ffn
 from moc.layers import MoCFFN
+from moc.ops import place_side_by_side
 from moc.selection import Selection
 
 
@@ -24,26 +24,23 @@ class TritonMoCFFN(MoCFFN):
     def __init__(self, shape: FfnShape, selection: Selection, fp8: bool = False) -> None:
         super().__init__(shape, selection)
         self.fp8 = fp8
-        self._place_side_by_side()
+        self.freeze()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TritonMoCFFN:
         # What .to(), .cuda() and their like go through: it moves each parameter on its own.
         super()._apply(fn, recurse)
-        self._place_side_by_side()
+        self.freeze()
         return self
 
     def freeze(self) -> None:
-        self._place_side_by_side()
+        """Let one GEMM take w_gate and w_up without a copy.
 
-    def _place_side_by_side(self) -> None:
-        """Let w_gate and w_up follow each other in memory, so that one GEMM takes both without a copy.
-
-        They stay two parameters. Where something else places them (FSDP, another assignment of data) the
-        operator copes, at the cost of a copy.
+        Where something else places them (FSDP, another assignment of data) the operator copes, at the cost of
+        a copy.
         """
         gate, up = self.w_gate.data, self.w_up.data
         if type(gate) is type(up) is Tensor and gate.dtype == up.dtype and gate.device == up.device:
-            self.w_gate.data, self.w_up.data = torch.cat((gate, up)).split(self.shape.d_ffn)
+            place_side_by_side(self.w_gate, self.w_up)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., d_model] -> [..., d_model]. Raises ValueError for what the kernels cannot do."""
