@@ -152,7 +152,12 @@ def _working_bytes(method: Method, point: Point, device: str, ffn_saved: float) 
     """Full-width tensors of one layer's backward pass beside those that it saved."""
     size = ITEM_SIZE[point.dtype]
     if method.scratch_bytes is not None:
-        scratch = method.scratch_bytes(FfnShape(point.d_model, point.d_ffn), point.tokens, size)
+        scratch = method.scratch_bytes(
+            FfnShape(point.d_model, point.d_ffn),
+            None if point.selection is None else parse_selection(point.selection),
+            point.tokens,
+            size,
+        )
         return scratch + point.tokens * point.d_model * size  # and y, which the other figures include
     width = point.d_ffn * size
     fused = method.compiles_on(device) and method.saved_bytes_per_token is None

@@ -9,6 +9,11 @@ is as long as it: [g u] in forward, with z in the place of u, and [dg du] and z 
 place of dz. Shorter chunks, which would leave [g u] in the L2 cache for the pass, cost the GEMMs more than
 they save the passes (docs/measured.md, 2026-11-26).
 
+If a rule keeps at most two of any four neighbouring channels (`nm:2:8`), z and [dg du] are 2:4 sparse: where
+that pays, y and dx are products on sparse tensor cores (`moc.cusparselt`), 1.4 times as fast, of what the
+passes write in that form (`moc.kernels.sparse24`). The weight gradients sum over tokens, where nothing is
+sparse.
+
 Kept per token, x apart: K pairs (g, u) in the dtype of x and a bitmask of d_ffn / 8 bytes; with `fp8` K pairs
 in 2 bytes and two float32 scales.
 
@@ -35,11 +40,13 @@ from moc.selection import Selection, parse_selection
 
 if TYPE_CHECKING:
     from moc.kernels.between import Kept
+    from moc.kernels.sparse24 import Sparse24
 
 CHUNK_BYTES = 192 << 20  # of one [tokens, d_ffn]
 MIN_CHUNKS, MAX_CHUNKS = 2, 8  # of a batch longer than
 LONG_BATCH = 4096  # tokens; a shorter one is a single chunk
 CHUNK_MULTIPLE = 128  # tokens: a whole number of a GEMM's tiles
+SPARSE_D_MODEL = 768  # from here on 2:4 sparse products pay (docs/measured.md, 2026-11-26)
 _ALIGN = 64  # channels: rows start at multiples of 128 bytes, which cuBLAS's fast path and wide accesses want
 
 
@@ -73,14 +80,50 @@ def chunks_of(n_tokens: int, token_bytes: int) -> list[slice]:
     return [slice(start, min(start + length, n_tokens)) for start in range(0, n_tokens, max(1, length))]
 
 
-def backward_scratch_bytes(shape: FfnShape, n_tokens: int, itemsize: int) -> int:
+def backward_scratch_bytes(shape: FfnShape, selection: Selection | None, n_tokens: int, itemsize: int) -> int:
     """Bytes a backward pass allocates beside dx and one weight gradient.
 
-    They are [dg du] and z of one chunk, the two other weight gradients, and w_gate and w_up side by side for
-    where they do not lie so.
+    They are [dg du] and z of one chunk, [dg du] again where it is sparse, the two other weight gradients, and
+    w_gate and w_up side by side for where they do not lie so.
     """
     token_bytes = _padded(shape.d_ffn) * itemsize
-    return token_bytes * (3 * _longest(chunks_of(n_tokens, token_bytes)) + 4 * shape.d_model)
+    length = _longest(chunks_of(n_tokens, token_bytes))
+    scratch = token_bytes * (3 * length + 4 * shape.d_model)
+    if selection is not None and selection.two_of_four and _may_be_sparse(shape, itemsize):
+        scratch += 9 * length * 2 * shape.d_ffn // 8
+    return scratch
+
+
+def _may_be_sparse(shape: FfnShape, itemsize: int) -> bool:
+    """Whether 2:4 sparse products pay at this shape, on a GPU that makes them."""
+    d, d_ffn = shape.d_model, shape.d_ffn
+    return itemsize == 2 and d >= SPARSE_D_MODEL and d % 16 == 0 and d_ffn == _padded(d_ffn)
+
+
+def _is_sparse(x: Tensor, w_down: Tensor) -> bool:
+    """Whether x's GPU can, and should, make 2:4 sparse products with these weights."""
+    d_ffn, d = w_down.shape
+    if not (x.is_cuda and _may_be_sparse(FfnShape(d, d_ffn), x.element_size())):
+        return False
+    from moc import cusparselt
+
+    return w_down.is_contiguous() and w_down.data_ptr() % 16 == 0 and cusparselt.usable(x.device)
+
+
+def _sparse_rows(buffer: Tensor | None, tokens: slice, width: int, dtype: torch.dtype) -> Sparse24 | None:
+    """A sparse matrix for these tokens, in the buffer if there is one and the tokens are whole tiles."""
+    from moc.kernels.sparse24 import TILE_ROWS, Sparse24
+
+    n_tokens = tokens.stop - tokens.start
+    if buffer is None or n_tokens % TILE_ROWS:
+        return None
+    return Sparse24(buffer, n_tokens, width, dtype)
+
+
+def _sparse_buffer(x: Tensor, n_tokens: int, width: int) -> Tensor:
+    from moc.kernels.sparse24 import compressed_bytes
+
+    return x.new_empty(compressed_bytes(n_tokens, width), dtype=torch.uint8)
 
 
 def _longest(chunks: list[slice]) -> int:
@@ -96,7 +139,9 @@ def _forward(
     x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, selection: str, fp8: bool, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(y like x, pairs [T, K, 2], scales [T, 2], bitmask [T, words], overflow); what is not kept is empty."""
-    from moc.kernels.between import select_pass  # Triton is loaded when it is first needed
+    from moc.cusparselt import sparse_mm  # Triton is loaded when it is first needed
+    from moc.kernels.between import select_pass
+    from moc.kernels.sparse24 import metadata_pass
 
     rule, d_ffn = parse_selection(selection), w_gate.shape[0]
     y, pairs, scales, bitmask, overflow = _empty_outputs(x, w_gate, rule, fp8, keep)
@@ -108,6 +153,9 @@ def _forward(
     joined = _whole_tiles(w_gate, w_up)
     chunks = chunks_of(x.shape[0], width * size)
     buffer = x.new_empty(_longest(chunks), 2 * width)
+    halves = None
+    if kept is not None and rule.two_of_four and _is_sparse(x, w_down):
+        halves = _sparse_buffer(x, _longest(chunks), d_ffn)
     buffer[:, width + d_ffn :] = 0  # oneDNN's bf16 GEMM reads a column too many, and NaN * 0 is NaN
     with torch.autocast(x.device.type, enabled=False):
         for chunk in chunks:
@@ -118,8 +166,15 @@ def _forward(
             else:
                 torch.mm(x[chunk], w_gate.T, out=g)
                 torch.mm(x[chunk], w_up.T, out=u)
-            select_pass(g, u, u, rule, kept.rows(chunk) if kept else None, overflow)
-            torch.mm(u, w_down, out=flat_y[chunk])  # u is z now
+            rows = kept.rows(chunk) if kept else None
+            sparse = _sparse_rows(halves, chunk, d_ffn, x.dtype)
+            if sparse is not None and rows is not None:
+                select_pass(g, u, sparse.values, rule, rows, overflow, sparse=True)
+                metadata_pass(rows.bitmask, sparse)
+                sparse_mm(sparse, w_down, flat_y[chunk])
+            else:
+                select_pass(g, u, u, rule, rows, overflow)
+                torch.mm(u, w_down, out=flat_y[chunk])  # u is z now
     return y, pairs, scales, bitmask, overflow
 
 
@@ -176,9 +231,12 @@ def _backward(
     w_gate: Tensor,
     w_up: Tensor,
     w_down: Tensor,
+    two_of_four: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx like x, dw_gate and dw_up in one [2, padded d_ffn, d], dw_down [d_ffn, d])."""
+    from moc.cusparselt import sparse_mm
     from moc.kernels.between import expand_pass
+    from moc.kernels.sparse24 import metadata_pass
 
     d_ffn, d = w_gate.shape
     dx, dw_gu, dw_down = _empty_gradients(x, w_gate)
@@ -188,6 +246,9 @@ def _backward(
     w_gu, dw_joined = _joined(w_gate, w_up), dw_gu.flatten(0, 1)
     chunks = chunks_of(n_tokens, width * size)
     dgu_buffer, z_buffer = x.new_empty(_longest(chunks), 2 * width), x.new_empty(_longest(chunks), width)
+    halves = None
+    if two_of_four and _is_sparse(x, w_down):
+        halves = _sparse_buffer(x, _longest(chunks), 2 * d_ffn)
     if n_tokens == 0:
         dw_gu.zero_()
         dw_down.zero_()
@@ -195,8 +256,14 @@ def _backward(
         for chunk in chunks:
             dgu, z = dgu_buffer[: chunk.stop - chunk.start], z_buffer[: chunk.stop - chunk.start]
             torch.mm(dy[chunk], w_down.T, out=z[:, :d_ffn])  # dz, in whose place z comes
-            expand_pass(z[:, :d_ffn], kept.rows(chunk), dgu[:, :width], dgu[:, width:], z)
-            torch.mm(dgu, w_gu, out=flat_dx[chunk])
+            sparse, rows = _sparse_rows(halves, chunk, 2 * d_ffn, x.dtype), kept.rows(chunk)
+            values = None if sparse is None else sparse.values
+            expand_pass(z[:, :d_ffn], rows, dgu[:, :width], dgu[:, width:], z, sparse=values)
+            if sparse is not None:
+                metadata_pass(rows.bitmask, sparse)
+                sparse_mm(sparse, w_gu, flat_dx[chunk])
+            else:
+                torch.mm(dgu, w_gu, out=flat_dx[chunk])
             if chunk.start == 0:
                 torch.mm(dgu.T, x[chunk], out=dw_joined)
                 torch.mm(z[:, :d_ffn].T, dy[chunk], out=dw_down)
@@ -216,6 +283,7 @@ def _(
     w_gate: Tensor,
     w_up: Tensor,
     w_down: Tensor,
+    two_of_four: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _empty_gradients(x, w_gate)
 
@@ -230,7 +298,7 @@ def _setup_context(
     inputs: tuple[Tensor, Tensor, Tensor, Tensor, str, bool, bool],
     output: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
 ) -> None:
-    x, w_gate, w_up, w_down, _selection, _fp8, keep = inputs
+    x, w_gate, w_up, w_down, selection, _fp8, keep = inputs
     _y, pairs, scales, bitmask, overflow = output
     ctx.mark_non_differentiable(pairs, scales, bitmask, overflow)
     if not keep:
@@ -238,13 +306,17 @@ def _setup_context(
             "moc::triton_ffn_forward was called with keep=False on inputs that require a gradient"
         )
     ctx.save_for_backward(x, pairs, scales, bitmask, w_gate, w_up, w_down)
+    ctx.two_of_four = parse_selection(selection).two_of_four  # type: ignore[attr-defined]
 
 
 def _autograd(
     ctx: torch.autograd.function.FunctionCtx, dy: Tensor, *_no_gradients: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, None, None, None]:
     x, pairs, scales, bitmask, w_gate, w_up, w_down = ctx.saved_tensors  # type: ignore[attr-defined]
-    dx, dw_gu, dw_down = _backward(dy.contiguous(), x, pairs, scales, bitmask, w_gate, w_up, w_down)
+    two_of_four: bool = ctx.two_of_four  # type: ignore[attr-defined]
+    dx, dw_gu, dw_down = _backward(
+        dy.contiguous(), x, pairs, scales, bitmask, w_gate, w_up, w_down, two_of_four
+    )
     d_ffn = w_gate.shape[0]
     return dx, dw_gu[0, :d_ffn], dw_gu[1, :d_ffn], dw_down, None, None, None
 
@@ -260,6 +332,6 @@ def _forward_flops(x_shape: torch.Size, w_gate_shape: torch.Size, *_: object, **
 
 @register_flop_formula(torch.ops.moc.triton_ffn_backward)
 def _backward_flops(dy_shape: torch.Size, x_shape: torch.Size, *shapes: object, **__: object) -> int:
-    w_down_shape = shapes[-1]
+    w_down_shape = shapes[-2]  # the last argument is a flag
     assert isinstance(w_down_shape, torch.Size)
     return 6 * 2 * x_shape.numel() * w_down_shape[0]

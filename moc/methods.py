@@ -73,9 +73,9 @@ class Method:
     # (shape, k, itemsize) -> bytes kept per token between forward and backward, x included and weights not;
     # None: not known by formula
     saved_bytes_per_token: Callable[[FfnShape, int, int], float] | None = None
-    # (shape, tokens, itemsize) -> bytes a backward pass allocates beside dx and one weight gradient; None: as
-    # autograd or inductor does it
-    scratch_bytes: Callable[[FfnShape, int, int], int] | None = None
+    # (shape, selection, tokens, itemsize) -> bytes a backward pass allocates beside dx and one weight
+    # gradient; None: as autograd or inductor does it
+    scratch_bytes: Callable[[FfnShape, Selection | None, int, int], int] | None = None
     # (d_model, itemsize) -> bytes of one row of w_gate, w_up or w_down as decoding reads it
     row_bytes: Callable[[int, int], int] = _wide_row_bytes
     generate_refusal: str | None = None  # why it cannot be compared in `generate`; None: it can

@@ -103,6 +103,11 @@ class Selection:
         return self.k(d_ffn) / d_ffn
 
     @property
+    def two_of_four(self) -> bool:
+        """Whether at most two of any four neighbours, counted from a multiple of four, are kept."""
+        return self.n is not None and self.m is not None and self.n <= 2 and self.m % 4 == 0
+
+    @property
     def threshold_f32(self) -> float:
         """The threshold rounded to float32: every implementation compares gates with this number."""
         if self.threshold is None:

@@ -6,6 +6,10 @@ select (forward)   reads g and u; writes z = mask * silu(g) * u, and what backwa
 expand (backward)  reads dz = dy @ w_down.T, the pairs and the bitmask; writes dg and du, zero off the mask,
                    and z. Per row 8 d_ffn + 4 K + d_ffn / 8 bytes: 48.8 KB.
 
+Where a product takes its left matrix as 2:4 sparse (`sparse24.py`), select writes the values of z in that
+form instead, d_ffn bytes less, and expand those of [dg du] beside the dense ones, which the weight gradients
+need: 2 d_ffn bytes more.
+
 One program takes one row, in tiles of ROWS x 32 channels: a tile's row is one word of the bitmask, and the
 place of a kept channel among the row's pairs is a running count of bits. Mostly one warp is a program, so
 that reductions stay inside it; many rows per multiprocessor hide the latencies.
@@ -39,6 +43,7 @@ from moc.kernels.primitives import (
     total,
 )
 from moc.kernels.selection import NM, RULES, THRESHOLD, TOPK_ABS, first_key, row_threshold, score_of
+from moc.kernels.sparse24 import TILE_COLUMNS, two_of_four
 from moc.selection import Selection
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -83,7 +88,7 @@ class Tiling:
 def select_fwd_kernel(
     g_ptr,  # [T, g_stride]
     u_ptr,  # [T, u_stride]
-    z_ptr,  # [T, z_stride], may be u
+    z_ptr,  # [T, z_stride], may be u; SPARSE: the values of 2:4 sparse z, [T, F / 2]
     pairs_ptr,  # [T, K, 2], or None if nothing is kept
     scales_ptr,  # [T, 2] float32, or None
     bitmask_ptr,  # [T, ceil(F / 32)] int32, or None
@@ -102,6 +107,7 @@ def select_fwd_kernel(
     WAY: tl.constexpr,
     CHUNK: tl.constexpr,
     KEEP: tl.constexpr,
+    SPARSE: tl.constexpr,
     FP8: tl.constexpr,
     PACKED: tl.constexpr,
     GUESS: tl.constexpr,
@@ -137,6 +143,7 @@ def select_fwd_kernel(
     b_bit = tl.arange(0, 32)
     b_word = tl.arange(0, ROWS)
     b_at = b_word[:, None] * 32 + b_bit[None, :]  # [ROWS, 32], a channel's place in its tile
+    b_half_at = b_word[:, None] * 16 + tl.arange(0, 16)[None, :]
     n_kept = 0
     if RULE == NM and WAY == BISECT:
         b_chunk = tl.full((CHUNK // 32,), 0, tl.int32)  # the kept channels of this tile and of others
@@ -175,7 +182,11 @@ def select_fwd_kernel(
             tl.store(bitmask_ptr + start // 32 + b_word, b_bits, mask=b_word < WORDS - start // 32)
             n_kept += total(b_count, 0)
         b_z = b_gate * sigmoid(b_gate, ASM) * tl.where(b_keep, b_up, 0.0)
-        tl.store(z_ptr + start + b_at, b_z.to(DTYPE), mask=b_inside)
+        if SPARSE:
+            b_half = two_of_four(b_z.to(DTYPE), b_bits, ROWS)
+            tl.store(z_ptr + start // 2 + b_half_at, b_half, mask=b_half_at < (F - start) // 2)
+        else:
+            tl.store(z_ptr + start + b_at, b_z.to(DTYPE), mask=b_inside)
 
     if KEEP and RULE == THRESHOLD:
         for place in range(n_kept, K, 32):
@@ -208,6 +219,7 @@ def expand_bwd_kernel(
     dg_ptr,  # [T, dg_stride], PADDED columns are written
     du_ptr,  # [T, du_stride], likewise
     z_ptr,  # [T, z_stride], likewise; may be dz
+    sparse_ptr,  # [T, PADDED], the values of 2:4 sparse [dg du], or None
     dz_stride,
     dg_stride,
     du_stride,
@@ -215,6 +227,7 @@ def expand_bwd_kernel(
     K,
     F: tl.constexpr,
     PADDED: tl.constexpr,
+    SPARSE: tl.constexpr,
     FP8: tl.constexpr,
     ROWS: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -237,6 +250,9 @@ def expand_bwd_kernel(
     b_bit = tl.arange(0, 32)
     b_word = tl.arange(0, ROWS)
     b_at = b_word[:, None] * 32 + b_bit[None, :]  # [ROWS, 32], a channel's place in its tile
+    b_half_at = b_word[:, None] * 16 + tl.arange(0, 16)[None, :]
+    if SPARSE:
+        sparse_ptr += row * PADDED
     n_kept = 0
     for start in range(0, PADDED, ROWS * 32):
         b_bits = tl.load(bitmask_ptr + start // 32 + b_word, mask=b_word < WORDS - start // 32, other=0)
@@ -263,6 +279,11 @@ def expand_bwd_kernel(
         tl.store(dg_ptr + start + b_at, b_dg.to(DTYPE), mask=b_at < PADDED - start)
         tl.store(du_ptr + start + b_at, b_du.to(DTYPE), mask=b_at < PADDED - start)
         tl.store(z_ptr + start + b_at, b_z.to(DTYPE), mask=b_at < PADDED - start)
+        if SPARSE:
+            b_inside = b_half_at < (PADDED - start) // 2
+            b_ptr = sparse_ptr + start // 2 + b_half_at
+            tl.store(b_ptr, two_of_four(b_dg.to(DTYPE), b_bits, ROWS), mask=b_inside)
+            tl.store(b_ptr + PADDED // 2, two_of_four(b_du.to(DTYPE), b_bits, ROWS), mask=b_inside)
 
 
 def select_pass(
@@ -273,17 +294,23 @@ def select_pass(
     kept: Kept | None,
     overflow: Tensor,
     tiling: Tiling | None = None,
+    sparse: bool = False,
 ) -> None:
     """Select channels by the gates `g`, write z = mask * silu(g) * u, and fill `kept` if given.
 
-    g, u and z (which may be u) are [T, d_ffn] of bfloat16, float16 or float32, each row contiguous. `kept`
-    is for these T tokens; to `overflow`, an int64 scalar, the channels that the cap of a `threshold` rule
-    left out are added, and other rules set it to 0. A NaN gate ranks as plus infinity. Raises ValueError for
-    inputs that do not fit.
+    g, u and z (which may be u) are [T, d_ffn] of bfloat16, float16 or float32, each row contiguous. With
+    `sparse`, z is the values of a `Sparse24`, [T, d_ffn / 2] of 16 bits; that needs a rule of at most two
+    channels in four (`Selection.two_of_four`) and d_ffn a multiple of 32. `kept` is for these T tokens; to
+    `overflow`, an int64 scalar, the channels that the cap of a `threshold` rule left out are added, and other
+    rules set it to 0. A NaN gate ranks as plus infinity. Raises ValueError for inputs that do not fit.
     """
     _check(g=g, u=u, z=z)
     n_tokens, d_ffn = g.shape
     k = selection.k(d_ffn)
+    if sparse:
+        _check_sparse(z, d_ffn)
+        if not selection.two_of_four:
+            raise ValueError(f"selection {selection} may keep more than two of four neighbouring channels")
     if n_tokens == 0:
         return
     vector = _vector(g, u, z)
@@ -308,19 +335,27 @@ def select_pass(
             k,
             0 if selection.rule == "topk_abs" else first_key(selection.threshold, g.dtype),
             NormalDist().inv_cdf(1 - (k - 0.5) / d_ffn),
-            **select_constants(d_ffn, selection, size, packed, vector, kept is not None, fp8, tiling),
+            **select_constants(d_ffn, selection, size, packed, vector, kept is not None, fp8, tiling, sparse),
             ASM=not INTERPRETED,
             num_warps=tiling.num_warps,
         )
 
 
 def expand_pass(
-    dz: Tensor, kept: Kept, dg: Tensor, du: Tensor, z: Tensor, tiling: Tiling | None = None
+    dz: Tensor,
+    kept: Kept,
+    dg: Tensor,
+    du: Tensor,
+    z: Tensor,
+    tiling: Tiling | None = None,
+    sparse: Tensor | None = None,
 ) -> None:
     """From dz = dy @ w_down.T and what select kept: write dg, du and z, zero off the mask.
 
     dz is [T, d_ffn]; dg, du and z (which may share memory with dz) are [T, width] with width >= d_ffn, and
-    zero beyond d_ffn; rows contiguous. Raises ValueError for inputs that do not fit.
+    zero beyond d_ffn; rows contiguous. `sparse`, if given, is the values of a `Sparse24` of [dg du], [T,
+    width]; that needs a rule of at most two channels in four and width a multiple of 32. Raises ValueError
+    for inputs that do not fit.
     """
     _check(dz=dz, dg=dg, du=du, z=z)
     n_tokens, d_ffn = dz.shape
@@ -328,6 +363,8 @@ def expand_pass(
     if not du.shape == z.shape == dg.shape or width < d_ffn:
         shapes = ", ".join(str(tuple(t.shape)) for t in (dg, du, z))
         raise ValueError(f"dg, du and z of shapes {shapes} do not fit dz {tuple(dz.shape)}")
+    if sparse is not None:
+        _check_sparse(sparse, 2 * width)
     if n_tokens == 0:
         return
     fp8 = kept.scales is not None
@@ -343,12 +380,13 @@ def expand_pass(
             dg,
             du,
             z,
+            sparse,
             dz.stride(0),
             dg.stride(0),
             du.stride(0),
             z.stride(0),
             kept.pairs.shape[1],
-            **expand_constants(d_ffn, width, _vector(dz, dg, du, z), fp8, tiling),
+            **expand_constants(d_ffn, width, _vector(dz, dg, du, z), fp8, tiling, sparse is not None),
             ASM=not INTERPRETED,
             num_warps=tiling.num_warps,
         )
@@ -363,6 +401,7 @@ def select_constants(
     keep: bool,
     fp8: bool,
     tiling: Tiling,
+    sparse: bool = False,
 ) -> dict[str, int]:
     """What the select kernel is compiled for; `packed`: gates are of 16 bits and can be compared in pairs."""
     n, m = selection.n, selection.m
@@ -375,6 +414,7 @@ def select_constants(
         "WAY": way(n, m, itemsize, packed) if n and m else 0,
         "CHUNK": tiling.chunk,
         "KEEP": keep,
+        "SPARSE": sparse,
         "FP8": fp8,
         "PACKED": packed and selection.rule != "topk_abs",
         "GUESS": tiling.guess,
@@ -384,11 +424,14 @@ def select_constants(
     }
 
 
-def expand_constants(d_ffn: int, width: int, vector: int, fp8: bool, tiling: Tiling) -> dict[str, int]:
+def expand_constants(
+    d_ffn: int, width: int, vector: int, fp8: bool, tiling: Tiling, sparse: bool = False
+) -> dict[str, int]:
     """What the expand kernel is compiled for."""
     return {
         "F": d_ffn,
         "PADDED": width,
+        "SPARSE": sparse,
         "FP8": fp8,
         "ROWS": tiling.rows,
         "VECTOR": min(tiling.vector, vector),
@@ -454,6 +497,20 @@ def _check(**rows: Tensor) -> None:
             raise ValueError(f"{name} has {tensor.shape[1]} channels; at most {MAX_D_FFN} are supported")
         if tensor.device.type != "cuda" and not INTERPRETED:
             raise ValueError(f"{name} is on {tensor.device}; the kernels run on cuda here")
+
+
+def _check_sparse(values: Tensor, width: int) -> None:
+    """Whether these can be the values of a 2:4 sparse matrix of `width` columns."""
+    if values.element_size() != 2 or width % TILE_COLUMNS:
+        raise ValueError(
+            f"a 2:4 sparse matrix has 16-bit values and a multiple of {TILE_COLUMNS} columns, not"
+            f" {values.dtype} and {width}"
+        )
+    if values.shape[1] != width // 2 or not values.is_contiguous():
+        raise ValueError(
+            f"values of a 2:4 sparse matrix of {width} columns have shape {tuple(values.shape)} and strides"
+            f" {values.stride()}; expected [T, {width // 2}], contiguous"
+        )
 
 
 def _check_fp8(device: torch.device) -> None:

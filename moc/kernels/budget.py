@@ -25,8 +25,8 @@ from typing import Any
 class Variant:
     """One kernel as one launch would compile it."""
 
-    # select, expand, loss, attend, select_few (few tokens, nothing kept), or a decoding kernel and for
-    # how many tokens: gate/1
+    # select, expand, loss, attend, select_few (few tokens, nothing kept), select_sparse and expand_sparse
+    # (2:4 sparse results), metadata, or a decoding kernel and for how many tokens: gate/1
     kind: str
     rule: str
     d_ffn: int
@@ -47,6 +47,7 @@ VARIANTS = (
     Variant("select", "topk:0.1875", 5504, "bf16", fp8=True),
     *(Variant("expand", "any", 5504, dtype) for dtype in ("bf16", "fp32")),
     Variant("expand", "any", 5504, "bf16", fp8=True),
+    *(Variant(kind, "nm:2:8", 5504, "bf16") for kind in ("select_sparse", "expand_sparse", "metadata")),
     Variant("loss", "any", 0, "bf16"),  # of any vocabulary
     *(Variant("select_few", rule, 5504, "bf16") for rule in ("topk:0.1875", "nm:2:8", "nm:12:64")),
     Variant("attend", "any", 0, "bf16"),  # of any model whose heads are 128 wide
@@ -58,7 +59,13 @@ VARIANTS = (
     *(Variant("channels/1", rule, 11008, "i8") for rule in ("nm:2:8", "topk:0.1875")),
 )
 # sm_80 cannot compare bf16 in pairs and has no fp8: one variant of each way through the code.
-WORK = [(variant, 90) for variant in VARIANTS] + [(VARIANTS[i], 80) for i in (0, 4, 6, 10, 12, 15)]
+_SM_80 = (
+    *(Variant("select", rule, 5504, "bf16") for rule in ("topk:0.1875", "nm:2:8", "nm:6:7")),
+    Variant("select", "topk:0.1875", 5504, "fp32"),
+    Variant("expand", "any", 5504, "bf16"),
+    Variant("loss", "any", 0, "bf16"),
+)
+WORK = [(variant, 90) for variant in VARIANTS] + [(variant, 80) for variant in _SM_80]
 
 
 def measure(variant: Variant, capability: int) -> dict[str, int]:
@@ -102,24 +109,35 @@ def _pass(variant: Variant, capability: int) -> _Launch:
 
     narrow = variant.dtype != "fp32"
     packed = narrow and capability >= 90
-    few = variant.kind == "select_few"
-    if few or variant.kind == "select":
+    few, sparse = variant.kind == "select_few", variant.kind.endswith("_sparse")
+    if variant.kind.startswith("select"):
         kernel, rule = between.select_fwd_kernel, parse_selection(variant.rule)
         tiling = between.select_tiling(variant.d_ffn, rule, packed, few)
         constants = between.select_constants(
-            variant.d_ffn, rule, 2 if narrow else 4, packed, 8, not few, variant.fp8, tiling
+            variant.d_ffn, rule, 2 if narrow else 4, packed, 8, not few, variant.fp8, tiling, sparse
         )
     else:
         kernel, tiling = between.expand_bwd_kernel, between.EXPAND_TILING
-        constants = between.expand_constants(variant.d_ffn, variant.d_ffn, 8, variant.fp8, tiling)
+        constants = between.expand_constants(variant.d_ffn, variant.d_ffn, 8, variant.fp8, tiling, sparse)
     types = dict.fromkeys(kernel.arg_names, "i32") | {"quantile": "fp32"}
     types |= {name: f"*{variant.dtype}" for name in types if name.endswith("_ptr")}
     types |= {"bitmask_ptr": "*i32", "overflow_ptr": "*i64", "scales_ptr": "*fp32"}
     if variant.fp8:
         types["pairs_ptr"] = "*fp8e4nv"
     absent = [*([] if variant.fp8 else ["scales_ptr"]), *(["pairs_ptr", "bitmask_ptr"] if few else [])]
+    absent += [] if sparse else ["sparse_ptr"]
     fixed = {**constants, "ASM": True, **dict.fromkeys(absent)}
+    fixed = {name: value for name, value in fixed.items() if name in kernel.arg_names}
     return _Launch(kernel, fixed, types, tiling.num_warps)
+
+
+def _metadata(_variant: Variant, _capability: int) -> _Launch:
+    """The metadata of a sparse [dg du], as `moc.kernels.sparse24` launches it."""
+    from moc.kernels import sparse24
+
+    types = {"bitmask_ptr": "*i32", "metadata_ptr": "*i32", "words": "i32", "tiles": "i32"}
+    constants = {"COPIES": 2, "BLOCK": sparse24.BLOCK}
+    return _Launch(sparse24.metadata_kernel, constants, types, sparse24.NUM_WARPS)
 
 
 def _attend(variant: Variant, _capability: int) -> _Launch:
@@ -189,7 +207,10 @@ def _decode(variant: Variant, capability: int) -> _Launch:
 _LAUNCHES: dict[str, Callable[[Variant, int], _Launch]] = {
     "select": _pass,
     "select_few": _pass,
+    "select_sparse": _pass,
     "expand": _pass,
+    "expand_sparse": _pass,
+    "metadata": _metadata,
     "loss": _loss,
     "attend": _attend,
 }

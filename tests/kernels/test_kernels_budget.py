@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 # Compiles as launches would, for a GPU that need not be there: the launches themselves are left out.
 COUNT_VARIANTS = """
 import torch, triton
@@ -20,26 +22,34 @@ run = JITFunction.run
 JITFunction.run = lambda self, *a, grid, warmup, **k: run(self, *a, grid=grid, warmup=True, **k)
 
 import moc.ffn_ops as ffn_ops
-from moc.kernels import between
+from moc import cusparselt
+from moc.kernels import between, sparse24
+ffn_ops._is_sparse = lambda *_: True
+cusparselt.sparse_mm = lambda *_: None
 between._check = lambda **rows: None
 between._compares_pairs = lambda device: True
 
-for n_tokens in (1, 2, 7, 16, 127, 128, 300, 4096):
+for n_tokens in TOKENS:
     x = torch.zeros(n_tokens, 16, dtype=torch.bfloat16)
     weights = [torch.zeros(320, 16, dtype=torch.bfloat16) for _ in range(3)]
     outputs = torch.ops.moc.triton_ffn_forward(x, *weights, "RULE", False, True)
-    torch.ops.moc.triton_ffn_backward(x, x, *outputs[1:4], *weights)
-kernels = (between.select_fwd_kernel, between.expand_bwd_kernel)
-print([len(kernel.device_caches[0][0]) for kernel in kernels])
+    torch.ops.moc.triton_ffn_backward(x, x, *outputs[1:4], *weights, "RULE" == "nm:2:8")
+kernels = (between.select_fwd_kernel, between.expand_bwd_kernel, sparse24.metadata_kernel)
+print(*[len(kernel.device_caches[0][0]) for kernel in kernels])
 """
 
 
-def test_one_compilation_for_every_number_of_tokens() -> None:
-    """A sweep over the number of tokens compiles each kernel once."""
+@pytest.mark.parametrize(
+    ("rule", "tokens", "variants"),
+    [("topk:0.1875", "1, 2, 7, 16, 127, 128, 300, 4096", "1 1 0"), ("nm:2:8", "64, 128, 320, 4096", "1 1 2")],
+    ids=["dense_products", "sparse_products"],
+)
+def test_one_compilation_for_every_number_of_tokens(rule: str, tokens: str, variants: str) -> None:
+    """A sweep over the number of tokens compiles each kernel once, and metadata for z and for [dg du]."""
     done = subprocess.run(
-        [sys.executable, "-c", COUNT_VARIANTS.replace("RULE", "topk:0.1875")],
+        [sys.executable, "-c", COUNT_VARIANTS.replace("RULE", rule).replace("TOKENS", f"({tokens})")],
         env={**os.environ, "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
     )
-    assert done.stdout.split() == ["[1,", "1]"], done.stderr
+    assert done.stdout.split() == variants.split(), done.stderr

@@ -8,40 +8,20 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_cases import DTYPES, poisoned, rows
 from torch import Tensor
 
-from moc.compact import n_words, unpack_bitmask
+from moc.compact import unpack_bitmask
 from moc.kernels.banks import BISECT, EXTRACT, RANK, way
 from moc.kernels.between import EXPAND_TILING, Kept, Tiling, expand_pass, select_pass, select_tiling
 from moc.reference import overflow_count, select_mask
 from moc.selection import Selection, parse_selection
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Relative error of one rounding. Triton's interpreter cuts bf16 off instead of rounding: 2**-7 at worst.
 ROUNDING = {"bf16": 8e-3, "fp16": 5e-4, "fp32": 3e-7}
 RULES = ["topk:0.1875", "topk_abs:0.25", "nm:2:8", "nm:6:7", "nm:12:64", "nm:9:16", "threshold:0.5:0.25"]
 each_rule = pytest.mark.parametrize("rule", RULES, ids=lambda text: text.replace(":", "_"))
 each_dtype = pytest.mark.parametrize("dtype", DTYPES)
-
-
-def rows(
-    n_tokens: int, d_ffn: int, dtype: torch.dtype, device: str, scale: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """Gates and ups as the operator lays them out: halves of one buffer, padded with NaN."""
-    width = -(-d_ffn // 64) * 64
-    buffer = torch.full((n_tokens, 2 * width), math.nan, dtype=dtype, device=device)
-    g, u = buffer[:, :d_ffn], buffer[:, width : width + d_ffn]
-    g.copy_(torch.randn(n_tokens, d_ffn) * scale)
-    u.copy_(torch.randn(n_tokens, d_ffn))
-    return g, u
-
-
-def poisoned(n_tokens: int, k: int, d_ffn: int, dtype: torch.dtype, device: str) -> Kept:
-    """Storage filled with NaN and ones, so that what is not written shows."""
-    return Kept(
-        torch.full((n_tokens, k, 2), math.nan, dtype=dtype, device=device),
-        torch.full((n_tokens, n_words(d_ffn)), -1, dtype=torch.int32, device=device),
-    )
 
 
 def select(g: Tensor, u: Tensor, rule: Selection, tiling: Tiling | None = None) -> tuple[Tensor, Kept, int]:

@@ -112,3 +112,10 @@ def test_k_beyond_the_channels_is_refused() -> None:
         parse_selection("topk:201").k(200)
     with pytest.raises(ValueError, match="d_ffn=0 must be positive"):
         parse_selection("nm:2:8").k(0)
+
+
+def test_two_of_four() -> None:
+    """At most two of any four neighbours: n:m with n at most 2 and banks of whole fours, and nothing else."""
+    assert all(parse_selection(rule).two_of_four for rule in ("nm:2:8", "nm:1:4", "nm:2:4", "nm:2:64"))
+    others = ("nm:3:8", "nm:2:6", "nm:2:7", "nm:12:64", "topk:1", "topk_abs:0.1", "threshold:0.5:2")
+    assert not any(parse_selection(rule).two_of_four for rule in others)
