@@ -87,7 +87,7 @@ def predict_peak(point: Point, device: str, saved_bytes: float | None = None) ->
     working = _working_bytes(method, point, device, saved)
     slack = _CPU_SLACK if device == "cpu" else 1.0
     if point.workload == "pretrain":
-        total = _training_bytes(point, device, saved, working)
+        total = _training_bytes(method, point, device, saved, working)
         return Peak(total, 0.0, slack, assumed)
     row = _layer_step_bytes(point, saved, working)
     weights = 3 * point.d_model * point.d_ffn * ITEM_SIZE[point.dtype] * point.n_layers
@@ -119,12 +119,14 @@ def head_saved_bytes(point: Point, device: str) -> float:
     return 8 + norm + ITEM_SIZE[point.dtype] * point.d_model
 
 
-def _training_bytes(point: Point, device: str, ffn_saved: float, working: float) -> float:
+def _training_bytes(method: Method, point: Point, device: str, ffn_saved: float, working: float) -> float:
     config = model_config(point)
     size, tokens = ITEM_SIZE[point.dtype], point.tokens
     embedding = config.vocab_size * config.d_model
-    # Autocast keeps a cast of every matrix that is multiplied, until backward has used it.
-    matrices = config.n_layers * (4 * config.d_model**2 + config.ffn.n_params()) + embedding
+    # Autocast keeps a cast of every matrix that is multiplied, until backward has used it. A method that casts
+    # for itself has those of one layer at a time, of which two, joined, are counted as working memory.
+    ffn_casts = config.ffn.n_params() * (config.n_layers if method.keeps_casts else 1 / 3)
+    matrices = config.n_layers * 4 * config.d_model**2 + ffn_casts + embedding
     casts = size * matrices if size < 4 else 0
     saved = tokens * (
         config.n_layers * layer_saved_bytes(point, device, ffn_saved) + head_saved_bytes(point, device)

@@ -76,6 +76,7 @@ class Method:
     # (shape, selection, tokens, itemsize) -> bytes a backward pass allocates beside dx and one weight
     # gradient; None: as autograd or inductor does it
     scratch_bytes: Callable[[FfnShape, Selection | None, int, int], int] | None = None
+    keeps_casts: bool = True  # under autocast, a cast of every weight until backward has used it
     # (d_model, itemsize) -> bytes of one row of w_gate, w_up or w_down as decoding reads it
     row_bytes: Callable[[int, int], int] = _wide_row_bytes
     generate_refusal: str | None = None  # why it cannot be compared in `generate`; None: it can
@@ -285,6 +286,7 @@ METHODS: dict[str, Method] = {
             device_types=frozenset({"cuda"}),
             saved_bytes_per_token=_compact_bytes,
             scratch_bytes=backward_scratch_bytes,
+            keeps_casts=False,
         ),
         Method(
             name="moc_fp8",
@@ -298,6 +300,7 @@ METHODS: dict[str, Method] = {
             kept_roundoff=FP8_ROUNDOFF,
             saved_bytes_per_token=_compact_fp8_bytes,
             scratch_bytes=backward_scratch_bytes,
+            keeps_casts=False,
         ),
         Method(
             name="moc_reference",

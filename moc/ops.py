@@ -124,7 +124,7 @@ def check_ffn_inputs(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) ->
     if x.dtype not in FLOAT_DTYPES:
         raise ValueError(f"x has dtype {x.dtype}; supported: {', '.join(map(str, FLOAT_DTYPES))}")
     for name, tensor in (("w_gate", w_gate), ("w_up", w_up), ("w_down", w_down)):
-        if tensor.dtype != x.dtype:
+        if compute_dtype(tensor) != compute_dtype(x):
             raise ValueError(f"{name} has dtype {tensor.dtype}, x {x.dtype}: they must be the same")
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}, x on {x.device}: they must be on one device")

@@ -235,6 +235,25 @@ def test_autocast(device: str) -> None:
     assert_same(FfnGrads(y.detach(), *grads), run(half, x.bfloat16(), dy.bfloat16()), 1e-6)
 
 
+def test_autocast_keeps_no_copy_of_a_weight(device: str) -> None:
+    """Of the weights the parameters themselves are saved; a cast of them does not wait for backward."""
+    layer = make(12, 64, "topk:9", torch.float32, device)
+    kept: list[Tensor] = []
+
+    def pack(saved: Tensor) -> Tensor:
+        kept.append(saved)
+        return saved
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved),
+        torch.autocast(device, dtype=torch.bfloat16),
+    ):
+        layer(torch.randn(4, 12, device=device))
+    weights_kept = [saved for saved in kept if saved.shape == layer.w_gate.shape]
+    own = {parameter.data_ptr() for parameter in layer.parameters()}
+    assert {saved.data_ptr() for saved in weights_kept} == own
+
+
 def test_functional_call(device: str) -> None:
     """torch.func.functional_call with other weights gives what a layer with those weights gives."""
     layer, other = (make(12, 50, "topk:9", torch.float32, device) for _ in range(2))
