@@ -11,7 +11,7 @@ from matplotlib.ticker import EngFormatter
 
 from harness import text
 from harness.plot_style import Board, Plot, line_handle, look
-from harness.plot_titles import saved_title, speedup_title, step_title
+from harness.plot_titles import ratio_note, saved_title, speedup_title, step_title
 
 _CONDITIONS = ("tokens", "seq_len", "dtype", "timing_mode")
 
@@ -128,8 +128,7 @@ def speedups(summary: pd.DataFrame, caption: str, path: Path) -> Plot | None:
         _rows_of(axes, labels, named=number % columns == 0)
     one = line_handle(look("dense_compiled", "", dense=True))
     board.legend(one, "1.0: the fastest dense method of the run")
-    paired = "Medians of paired ratios" if known["paired"].all() else "Ratios, unpaired where rows have none"
     return board.save(
         path, speedup_title(known), caption, x="speed against the fastest dense method (x), more is better",
-        note=f"{paired}; whiskers: 95 % intervals. Axes do not start at zero; the line is 1.0.",
+        note=f"{ratio_note(known)}; whiskers: 95 % intervals. Axes do not start at zero; the line is 1.0.",
     )  # fmt: skip

@@ -14,6 +14,7 @@ from harness import text
 from harness.crossover import crossovers, decoded, independent_union
 from harness.plot_panels import interval, one_size_each, series_of, with_k
 from harness.plot_style import Board, Plot, line_handle, look
+from harness.plot_titles import ratio_note
 from harness.tables import lead_series
 
 _PANEL = ("workload", "preset", "d_model", "d_ffn", "n_layers", "seq_len", "dtype")
@@ -47,8 +48,8 @@ def crossover_plot(
         axes.set_xscale("log", base=2)
         axes.set_xticks(batches, [f"{batch:.0f}" for batch in batches])
         axes.xaxis.set_minor_locator(NullLocator())
-    paired = "Medians of paired ratios, bars: 95 % intervals; the line at 1.0 is the fastest dense method"
-    note = f"{paired}. Last panel, as a share of all channels: {_union_note(union)}"
+    speeds = f"{ratio_note(known)}; bars: 95 % intervals; the line at 1.0 is the fastest dense method"
+    note = f"{speeds}. Last panel, as a share of all channels: {_union_note(union)}"
     return board.save(path, _message(rows), caption, x="batch (sequences decoded at once)", note=note)
 
 

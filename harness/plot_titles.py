@@ -120,6 +120,15 @@ def saved_title(summary: pd.DataFrame) -> str:
     return f"{_k(line)}'s saved bytes are {text.change(lead['saved_change'])} {rival}"
 
 
+def ratio_note(lines: pd.DataFrame) -> str:
+    """What the speeds against dense are, as a note begins: paired, quotients of two runs, or some of each."""
+    if lines["paired"].all():
+        return "Medians of paired ratios"
+    if not lines["paired"].any():
+        return "Quotients of speeds"
+    return "Medians of paired ratios, or quotients of speeds where a faster dense method was measured later"
+
+
 def speedup_title(summary: pd.DataFrame) -> str:
     """Message of the speed-up plot: the best that is not dense, and whether it beats dense."""
     rivals = summary[~summary["is_dense"] & ~summary["misaligned"] & summary["x_best_dense"].notna()]

@@ -123,8 +123,8 @@ def _training_bytes(method: Method, point: Point, device: str, ffn_saved: float,
     config = model_config(point)
     size, tokens = ITEM_SIZE[point.dtype], point.tokens
     embedding = config.vocab_size * config.d_model
-    # Autocast keeps a cast of every matrix that is multiplied, until backward has used it. A method that casts
-    # for itself has those of one layer at a time, of which two, joined, are counted as working memory.
+    # Autocast keeps a cast of every matrix that is multiplied, until backward has used it. Of a method that
+    # casts for itself there are those of one layer at a time; two of the three are counted as working memory.
     ffn_casts = config.ffn.n_params() * (config.n_layers if method.keeps_casts else 1 / 3)
     matrices = config.n_layers * 4 * config.d_model**2 + ffn_casts + embedding
     casts = size * matrices if size < 4 else 0

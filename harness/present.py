@@ -135,7 +135,7 @@ def workload_table(summary: pd.DataFrame) -> pd.DataFrame:
 
 
 def _note(line: pd.Series) -> str:
-    notes = [name for name in ("misaligned", "unstable", "throttled") if line[name]]
+    notes = [name for name in ("misaligned", "unstable", "throttled", "unpaired") if line[name]]
     return ", ".join(notes)
 
 

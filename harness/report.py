@@ -200,11 +200,15 @@ def _grid_section(
 
 
 def _headline_note(headline: pd.DataFrame) -> str:
-    paired = (
-        "Speed ratios are paired: rivals took turns in one process."
-        if headline["paired"].all()
-        else "Speed ratios are unpaired: each method ran in a process of its own."
-    )
+    if headline["paired"].all():
+        paired = "Speed ratios are paired: rivals took turns in one process."
+    elif headline["paired"].any():
+        paired = (
+            "Speed ratios are paired, since rivals took turns in one process, except those marked unpaired:"
+            " the fastest dense method was measured later, and they are quotients of two runs' speeds."
+        )
+    else:
+        paired = "Speed ratios are unpaired: each method ran in a process of its own."
     peak = text.peak_name(str(headline["peak_metric"].iloc[0]))
     return (
         f"x best dense: speed against the fastest dense method of the same setting and seed. {paired} "

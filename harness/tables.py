@@ -69,7 +69,9 @@ def point_table(rows: pd.DataFrame, samples: pd.DataFrame | None = None) -> pd.D
     `rows` are the current rows of a sweep as `harness.store.read_rows` gives them. Every metric of
     `harness.metrics` and its interval has a column, NaN where not measured. Added besides: `cell` (an id),
     `family`, `k_pct`, `is_dense`, `misaligned`, `measured`, `speed` (tokens/s), `peak_bytes` with
-    `peak_metric`, and per measured point `x_best_dense` (with interval and `paired`) against `baseline`,
+    `peak_metric`, and per measured point `x_best_dense` (with interval) against `baseline`, `paired` if
+    measured as such and else the quotient of two speeds, `unpaired` if that is so although the point has a
+    paired ratio, to a dense method that a faster one has joined since;
     `memory_change` against `leanest` and `saved_change` against `saved_leanest` (fractions; the fastest dense
     stands in where `dense_as_fast` is false; `..._fastest` are against it always), `loss_gap` (nats) and
     `perplexity_change` (%).
@@ -132,9 +134,21 @@ def _with_derived(points: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
         "peak_bytes": peak.where(peak > 0),
         "peak_metric": peaks,
         "tokens_per_parameter": seen / points["parameters"],
-        "paired": points["speedup_vs_best_dense"].notna(),
+        "paired_over": _paired_over(points, rows),
     }
     return points.join(pd.DataFrame(derived, index=points.index))
+
+
+def _paired_over(points: pd.DataFrame, rows: pd.DataFrame) -> list[str]:
+    """The method a point's paired ratio was taken against, as its row says; empty if it has none."""
+    ratios = rows[rows["metric"] == "speedup_vs_best_dense"]
+    over = {
+        (device, key): str(detail).removeprefix("over ")
+        for device, key, detail in zip(
+            ratios["device_name"], ratios["point_key"], ratios["detail"], strict=True
+        )
+    }
+    return [over.get(where, "") for where in zip(points["device_name"], points["point_key"], strict=True)]
 
 
 def best_dense(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
@@ -169,7 +183,7 @@ def _with_comparisons(points: pd.DataFrame, windows: dict[str, NDArray[np.float6
                 found[id(point)] = _compare(point, baseline, dense or [baseline])
                 found[id(point)].update(_paired_gap(point, baseline, windows))
     nothing = {**dict.fromkeys(_NUMERIC_COMPARISONS, math.nan), **dict.fromkeys(_RIVALS, "")}
-    flags = {"dense_as_fast": False, "gap_paired": False}
+    flags = dict.fromkeys(("dense_as_fast", "gap_paired", "paired", "unpaired"), False)
     lines = [{**nothing, **flags, **found.get(id(point), {})} for point in records]
     columns = [*_NUMERIC_COMPARISONS, *_RIVALS, *flags]
     return points.join(pd.DataFrame(lines, columns=columns, index=points.index))
@@ -178,18 +192,22 @@ def _with_comparisons(points: pd.DataFrame, windows: dict[str, NDArray[np.float6
 def _fastest(group: list[dict[str, Any]], dense: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The fastest dense point: the one the paired ratios were taken against, where they were taken.
 
-    That one has a ratio of exactly 1 to itself. It may be a dense network from outside the registry.
+    That one has a ratio of exactly 1 to itself. It may be a dense network from outside the registry. If a
+    dense method was added later, each run has such a point, and the fastest of them counts.
     """
-    reference = [point for point in group if point["speedup_vs_best_dense"] == 1.0]
-    if len(reference) == 1:
-        return reference[0]
-    timed = [point for point in dense if point["speed"] == point["speed"]]
+    references = [point for point in group if point["speedup_vs_best_dense"] == 1.0]
+    timed = [point for point in references or dense if point["speed"] == point["speed"]]
+    if len(references) == 1:
+        return references[0]
     return max(timed, key=lambda point: point["speed"]) if timed else dense[0] if dense else None
 
 
 def _compare(point: dict[str, Any], baseline: dict[str, Any], dense: list[dict[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {"baseline": baseline["method"]}
-    if point["paired"]:
+    measured = point["speedup_vs_best_dense"] == point["speedup_vs_best_dense"]
+    paired = measured and point["paired_over"] in ("", baseline["method"])
+    found: dict[str, Any] = {"baseline": baseline["method"], "paired": paired}
+    found["unpaired"] = measured and not paired  # the ratio it has is to a baseline of an earlier run
+    if paired:
         ratio, low, high = (point[f"speedup_vs_best_dense{end}"] for end in ("", "_ci_low", "_ci_high"))
     else:
         ratio = point["speed"] / baseline["speed"]
@@ -367,6 +385,7 @@ def headline_table(rows: pd.DataFrame) -> pd.DataFrame:
         "train_tokens": "train_tokens", "vocab_size": "vocab_size", "lr": "lr", "data_id": "data_id",
         "timing_mode": "timing_mode", "method": "method", "selection": "selection", "k_pct": "k_pct",
         "seeds": "seeds", "tokens_per_s": "speed", "x_best_dense": "x_best_dense", "paired": "paired",
+        "unpaired": "unpaired",
         "peak_memory_bytes": "peak_bytes", "peak_metric": "peak_metric",
         "saved_bytes_per_token": "saved_activation_bytes_per_token", "perplexity": "perplexity",
         "bits_per_byte": "bits_per_byte", "untrained_perplexity": "untrained_perplexity",

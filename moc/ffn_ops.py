@@ -83,14 +83,15 @@ def chunks_of(n_tokens: int, token_bytes: int) -> list[slice]:
 def backward_scratch_bytes(shape: FfnShape, selection: Selection | None, n_tokens: int, itemsize: int) -> int:
     """Bytes a backward pass allocates beside dx and one weight gradient.
 
-    They are [dg du] and z of one chunk, [dg du] again where it is sparse, the two other weight gradients, and
-    w_gate and w_up side by side for where they do not lie so.
+    They are [dg du] and z of one chunk, [dg du] once more where it is also sparse, the two other weight
+    gradients, and w_gate and w_up side by side for where they do not lie so.
     """
     token_bytes = _padded(shape.d_ffn) * itemsize
     length = _longest(chunks_of(n_tokens, token_bytes))
     scratch = token_bytes * (3 * length + 4 * shape.d_model)
     if selection is not None and selection.two_of_four and _may_be_sparse(shape, itemsize):
-        scratch += 9 * length * 2 * shape.d_ffn // 8
+        # values, metadata an eighth of that, and as much again, which cuSPARSELt asks for as workspace
+        scratch += 10 * length * 2 * shape.d_ffn // 8
     return scratch
 
 

@@ -25,7 +25,6 @@ from moc.kernels.selection import (
     key_bits,
     larger_pairs,
     padded_pairs,
-    pairs_above,
     pairs_counted,
 )
 
@@ -229,10 +228,7 @@ def _word_of(
     b_bits = (0x10001 << tl.arange(0, 4))[None, :]
     b_word = tl.full(pieces[0].shape, 0, tl.int32)
     for i in tl.static_range(4):
-        if ABOVE:
-            b_word |= pairs_above(pieces[first + i], b_twice, DTYPE, ASM) & (b_bits << (4 * i))
-        else:
-            b_word |= compare_pairs(pieces[first + i], b_twice, DTYPE, ASM) & (b_bits << (4 * i))
+        b_word |= compare_pairs(pieces[first + i], b_twice, ABOVE, DTYPE, ASM) & (b_bits << (4 * i))
     b_word = total(b_word, 1)
     # The even channels are in the low half, the odd ones in the high half: shuffle them together.
     b_swap = (b_word ^ (b_word >> 8)) & 0x0000FF00
@@ -266,9 +262,9 @@ def _nth_of_banks(
     b_middle = tl.maximum(b_high - 4 * OCTAVE, -INFINITY)
     while largest(b_high - b_low, 0) > 1:
         b_twice = (key_bits(b_middle, DTYPE) * 0x10001)[:, None]
-        b_n = compare_pairs(pieces[0], b_twice, DTYPE, ASM)
+        b_n = compare_pairs(pieces[0], b_twice, False, DTYPE, ASM)
         for i in tl.static_range(1, len(pieces)):
-            b_n += compare_pairs(pieces[i], b_twice, DTYPE, ASM)
+            b_n += compare_pairs(pieces[i], b_twice, False, DTYPE, ASM)
         b_n = pairs_counted(total(b_n, 1))
         # A bank that is done has middle = low, and stays as it is.
         b_below = (b_n < N) & (b_low < b_middle)

@@ -124,9 +124,9 @@ def count_from(pieces, key, DTYPE: tl.constexpr, PACKED: tl.constexpr, ASM: tl.c
     """How many scores of a row are at least the float with this key (above minus infinity)."""
     if PACKED:
         b_twice = key_bits(key, DTYPE) * 0x10001
-        b_sum = compare_pairs(pieces[0], b_twice, DTYPE, ASM)
+        b_sum = compare_pairs(pieces[0], b_twice, False, DTYPE, ASM)
         for i in tl.static_range(1, len(pieces)):
-            b_sum += compare_pairs(pieces[i], b_twice, DTYPE, ASM)
+            b_sum += compare_pairs(pieces[i], b_twice, False, DTYPE, ASM)
         return pairs_counted(total(b_sum, 0))
     else:
         b_score = key_score(key, DTYPE)
@@ -137,36 +137,20 @@ def count_from(pieces, key, DTYPE: tl.constexpr, PACKED: tl.constexpr, ASM: tl.c
 
 
 @jit
-def compare_pairs(pairs, twice, DTYPE: tl.constexpr, ASM: tl.constexpr):
-    """Per half of a word: -1 where the channel's gate is at least the float in `twice`, or NaN; else 0."""
-    if ASM and DTYPE == tl.bfloat16:
+def compare_pairs(pairs, twice, ABOVE: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """Per half of a word: -1 where a gate is at least (ABOVE: more than) that of `twice`, or NaN; else 0."""
+    if ASM:
+        RELATION: tl.constexpr = "set.gtu.u32" if ABOVE else "set.geu.u32"
+        TYPE: tl.constexpr = ".bf16x2" if DTYPE == tl.bfloat16 else ".f16x2"
         return tl.inline_asm_elementwise(
-            "set.geu.u32.bf16x2 $0, $1, $2;", "=r,r,r", [pairs, twice], dtype=tl.int32, is_pure=True, pack=1
-        )
-    elif ASM:
-        return tl.inline_asm_elementwise(
-            "set.geu.u32.f16x2 $0, $1, $2;", "=r,r,r", [pairs, twice], dtype=tl.int32, is_pure=True, pack=1
+            RELATION + TYPE + " $0, $1, $2;", "=r,r,r", [pairs, twice], dtype=tl.int32, is_pure=True, pack=1
         )
     else:
         b_low = half(pairs, DTYPE) < half(twice, DTYPE)
         b_high = half(pairs >> 16, DTYPE) < half(twice >> 16, DTYPE)
-        return tl.where(b_low, 0, 0xFFFF) | tl.where(b_high, 0, -65536)
-
-
-@jit
-def pairs_above(pairs, twice, DTYPE: tl.constexpr, ASM: tl.constexpr):
-    """As `compare_pairs`, but where the gate is greater, or NaN."""
-    if ASM and DTYPE == tl.bfloat16:
-        return tl.inline_asm_elementwise(
-            "set.gtu.u32.bf16x2 $0, $1, $2;", "=r,r,r", [pairs, twice], dtype=tl.int32, is_pure=True, pack=1
-        )
-    elif ASM:
-        return tl.inline_asm_elementwise(
-            "set.gtu.u32.f16x2 $0, $1, $2;", "=r,r,r", [pairs, twice], dtype=tl.int32, is_pure=True, pack=1
-        )
-    else:
-        b_low = half(pairs, DTYPE) <= half(twice, DTYPE)
-        b_high = half(pairs >> 16, DTYPE) <= half(twice >> 16, DTYPE)
+        if ABOVE:
+            b_low |= half(pairs, DTYPE) == half(twice, DTYPE)
+            b_high |= half(pairs >> 16, DTYPE) == half(twice >> 16, DTYPE)
         return tl.where(b_low, 0, 0xFFFF) | tl.where(b_high, 0, -65536)
 
 

@@ -11,6 +11,7 @@ from synthetic_rows import CPU, GPU, around, frame, gpu_rows, point, quality, qu
 
 from harness import text
 from harness.findings import findings
+from harness.present import workload_table
 from harness.tables import (
     best_dense,
     failures,
@@ -113,6 +114,31 @@ def test_baseline_of_paired_ratios_is_the_one_with_ratio_one() -> None:
         point("dense_gu", None, {"step_ms": 1.99, "speedup_vs_best_dense": 0.999}, workload="ffn_train"),
     )
     assert line(rows, "dense_gu")["baseline"] == "dense"
+
+
+def test_a_faster_dense_method_measured_later_takes_the_ratio_over() -> None:
+    """A paired ratio to a method that is no longer the fastest gives way to the quotient, and says so."""
+    first, later = {"run_id": "first"}, {"run_id": "later"}
+    rows = frame(
+        point("dense", None, {"step_ms": 2.0, "speedup_vs_best_dense": 1.0}, workload="ffn_train", **first),
+        point("moc", TOPK, {"step_ms": 1.0, "speedup_vs_best_dense": 2.02}, workload="ffn_train", **first),
+        point(
+            "dense_fused", None, {"step_ms": 1.6, "speedup_vs_best_dense": 1.0}, workload="ffn_train", **later
+        ),
+        point(
+            "moc", "nm:2:8", {"step_ms": 0.8, "speedup_vs_best_dense": 2.01}, workload="ffn_train", **later
+        ),
+    )
+    ratios = rows["metric"] == "speedup_vs_best_dense"
+    rows.loc[ratios, "detail"] = ["over dense", "over dense", "over dense_fused", "over dense_fused"]
+    earlier, latest = line(rows, "moc", selection=TOPK), line(rows, "moc", selection="nm:2:8")
+    assert earlier["baseline"] == latest["baseline"] == "dense_fused"
+    assert (earlier["x_best_dense"], latest["x_best_dense"]) == (1.6, 2.01)
+    assert (earlier["paired"], latest["paired"]) == (False, True)
+    assert (earlier["unpaired"], latest["unpaired"]) == (True, False)
+    assert line(rows, "dense")["x_best_dense"] == pytest.approx(0.8)
+    notes = workload_table(summarise(point_table(rows))).set_index("method")["note"]
+    assert (notes["dense"], notes["dense_fused"]) == ("unpaired", "")
 
 
 def test_memory_is_compared_with_the_leanest_dense_that_is_as_fast() -> None:
