@@ -8,11 +8,14 @@ loses nothing measured: the rows are the truth.
 from __future__ import annotations
 
 import ipaddress
+import signal
 import socket
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from socketserver import ThreadingMixIn
+from types import FrameType
 from typing import Any
 from urllib.parse import urlsplit
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
@@ -102,11 +105,18 @@ def serve(
         say(f"warning: {host} is not loopback; whoever reaches this port can change and delete the studies")
     shown = f"[{host}]" if ":" in host else host
     say(f"Optuna dashboard on http://{shown}:{server.server_port}/ (Ctrl-C ends it)")
+
+    def end(_number: int, _frame: FrameType | None) -> None:
+        threading.Thread(target=server.shutdown, daemon=True).start()
+
     with server:
+        # Not by KeyboardInterrupt, which is lost if it is raised while Python runs a finalizer.
+        before = signal.signal(signal.SIGINT, end)
         try:
             server.serve_forever()
-        except KeyboardInterrupt:
-            say("dashboard ended")
+        finally:
+            signal.signal(signal.SIGINT, before)
+    say("dashboard ended")
 
 
 def is_loopback(host: str) -> bool:
