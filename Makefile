@@ -20,6 +20,8 @@ DATA ?=
 ARGS ?=
 BASE ?= HEAD
 MOCBENCH := $(PY) -m harness
+# Options of pytest for so many processes at most, that share the tests out so; none where xdist is missing.
+workers = $(if $(shell $(PY) -c "import xdist" 2>/dev/null && echo yes),-n auto --maxprocesses $(1) --dist $(2))
 RUN_OPTIONS := $(SWEEP) $(if $(DATA),--data '$(DATA)') $(ARGS)
 
 .DEFAULT_GOAL := help
@@ -57,10 +59,11 @@ soak: $(READY) ## kill -9 at random through a sweep and count what is lost: ARGS
 	$(PY) -m harness.soak $(ARGS)
 
 test: $(READY) ## run the tests
-	$(PY) -m pytest $(if $(shell $(PY) -c "import xdist" 2>/dev/null && echo yes),-n auto --maxprocesses 4 --dist loadfile) $(ARGS)
+	$(PY) -m pytest $(call workers,4,loadfile) $(ARGS)
 
-test-gpu: $(READY) ## run only the tests that need a GPU
-	$(PY) -m pytest -m gpu $(ARGS)
+test-gpu: $(READY) ## run only the tests that need a GPU: kernels side by side, then those that measure one by one
+	$(PY) -m pytest -m gpu $(call workers,12,worksteal) tests/kernels tests/moc $(ARGS)
+	$(PY) -m pytest -m gpu --ignore=tests/kernels --ignore=tests/moc $(ARGS)
 
 bench-check: $(READY) ## is everything that can be known without a GPU as budget.json says? exit code 3 if not
 	$(PY) -m harness.budget $(ARGS)

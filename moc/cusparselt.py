@@ -44,7 +44,6 @@ def _usable(index: int) -> bool:
         raise RuntimeError("the first 2:4 sparse product cannot be inside a CUDA graph; run the layer before")
     device = torch.device("cuda", index)
     rows, width, columns = 2 * TILE_ROWS, 4 * TILE_COLUMNS, 64
-    # Of each group of four the channels 0 and 1, 1 and 2, 2 and 3, and so on, with the row and the column.
     generator = torch.Generator().manual_seed(0)
     kept = torch.rand(rows, width // 4, 4, generator=generator).argsort(2).argsort(2) < 2
     dense = torch.randn(rows, width, generator=generator).to(torch.bfloat16) * kept.flatten(1)

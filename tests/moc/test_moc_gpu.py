@@ -120,7 +120,6 @@ def requested_bytes() -> int:
 
 
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")  # float32 stays float32 here
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # inductor's own import
 # A rival from another package runs eagerly, as its users run it.
 @pytest.mark.parametrize("method", [name for name, m in METHODS.items() if m.backward and not m.requires])
 @pytest.mark.usefixtures("fresh_compiler")
