@@ -49,7 +49,8 @@ CHUNK_BYTES = 192 << 20  # of one [tokens, d_ffn]
 MIN_CHUNKS, MAX_CHUNKS = 2, 8  # of a batch longer than
 LONG_BATCH = 4096  # tokens; a shorter one is a single chunk
 CHUNK_MULTIPLE = 128  # tokens: a whole number of a GEMM's tiles
-SPARSE_D_MODEL = 768  # from here on 2:4 sparse products pay (docs/measured.md, 2026-11-26)
+# From here on 2:4 sparse products pay (docs/measured.md, 2026-11-26); shorter chunks were not measured.
+SPARSE_D_MODEL, SPARSE_TOKENS = 768, 4096
 _ALIGN = 64  # channels: rows start at multiples of 128 bytes, which cuBLAS's fast path and wide accesses want
 
 
@@ -89,22 +90,23 @@ def backward_scratch_bytes(shape: FfnShape, selection: Selection | None, n_token
     token_bytes = _padded(shape.d_ffn) * itemsize
     length = _longest(chunks_of(n_tokens, token_bytes))
     scratch = token_bytes * (3 * length + 4 * shape.d_model)
-    if selection is not None and selection.two_of_four and _may_be_sparse(shape, itemsize):
+    if selection is not None and selection.two_of_four and _may_be_sparse(shape, length, itemsize):
         # values, metadata an eighth of that, and as much again, which cuSPARSELt asks for as workspace
         scratch += 10 * length * 2 * shape.d_ffn // 8
     return scratch
 
 
-def _may_be_sparse(shape: FfnShape, itemsize: int) -> bool:
-    """Whether 2:4 sparse products pay at this shape, on a GPU that makes them."""
+def _may_be_sparse(shape: FfnShape, n_tokens: int, itemsize: int) -> bool:
+    """Whether 2:4 sparse products pay for chunks of so many tokens, on a GPU that makes them."""
     d, d_ffn = shape.d_model, shape.d_ffn
-    return itemsize == 2 and d >= SPARSE_D_MODEL and d % 16 == 0 and d_ffn == _padded(d_ffn)
+    pays = d >= SPARSE_D_MODEL and n_tokens >= SPARSE_TOKENS
+    return pays and itemsize == 2 and d % 16 == 0 and d_ffn == _padded(d_ffn)
 
 
-def _is_sparse(x: Tensor, w_down: Tensor) -> bool:
-    """Whether x's GPU can, and should, make 2:4 sparse products with these weights."""
+def _is_sparse(x: Tensor, w_down: Tensor, n_tokens: int) -> bool:
+    """Whether x's GPU can, and should, make 2:4 sparse products with these weights, of so many tokens."""
     d_ffn, d = w_down.shape
-    if not (x.is_cuda and _may_be_sparse(FfnShape(d, d_ffn), x.element_size())):
+    if not (x.is_cuda and _may_be_sparse(FfnShape(d, d_ffn), n_tokens, x.element_size())):
         return False
     from moc import cusparselt
 
@@ -156,7 +158,7 @@ def _forward(
     chunks = chunks_of(x.shape[0], width * size)
     buffer = x.new_empty(_longest(chunks), 2 * width)
     halves = None
-    if kept is not None and rule.two_of_four and _is_sparse(x, w_down):
+    if kept is not None and rule.two_of_four and _is_sparse(x, w_down, _longest(chunks)):
         halves = _sparse_buffer(x, _longest(chunks), d_ffn)
     buffer[:, width + d_ffn :] = 0  # oneDNN's bf16 GEMM reads a column too many, and NaN * 0 is NaN
     with torch.autocast(x.device.type, enabled=False):
@@ -259,7 +261,7 @@ def _backward(
     chunks = chunks_of(n_tokens, width * size)
     dgu_buffer, z_buffer = x.new_empty(_longest(chunks), 2 * width), x.new_empty(_longest(chunks), width)
     halves = None
-    if two_of_four and _is_sparse(x, w_down):
+    if two_of_four and _is_sparse(x, w_down, _longest(chunks)):
         halves = _sparse_buffer(x, _longest(chunks), 2 * d_ffn)
     if n_tokens == 0:
         dw_gu.zero_()
