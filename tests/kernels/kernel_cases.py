@@ -1,6 +1,9 @@
 """Inputs, layers and comparisons that several of the kernel tests use."""
 
 import math
+import os
+import subprocess
+import sys
 
 import torch
 from torch import Tensor, nn
@@ -70,3 +73,34 @@ def assert_same(actual: FfnGrads, expected: FfnGrads, tolerance: float) -> None:
 def tokens(n_tokens: int, d: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
     """x and dy."""
     return torch.randn(n_tokens, d).to(device, dtype), torch.randn(n_tokens, d).to(device, dtype)
+
+
+_LAUNCH_NOTHING = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+class Driver:
+    def get_current_target(self): return GPUTarget("cuda", 90, 32)
+    def get_current_device(self): return 0
+    def get_current_stream(self, device): return 0
+
+triton.runtime.driver.set_active(Driver())
+run = JITFunction.run
+JITFunction.run = lambda self, *a, grid, warmup, **k: run(self, *a, grid=grid, warmup=True, **k)
+"""
+
+
+def printed_without_launching(program: str) -> str:
+    """What a Python program prints in which Triton compiles as launches would and launches nothing.
+
+    It compiles for compute capability 9.0, and no GPU need be there.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", _LAUNCH_NOTHING + program],
+        env={**os.environ, "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout

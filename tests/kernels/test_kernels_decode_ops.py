@@ -1,12 +1,10 @@
 """Decoding as layers and operators: which path is taken, int8 weights, and PyTorch's machinery around it."""
 
 import copy
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from kernel_cases import printed_without_launching
 from torch import Tensor
 
 from harness.measure import gate
@@ -21,20 +19,8 @@ SHAPE = FfnShape(40, 150)
 RULES = ["nm:2:8", "topk:0.25"]
 METHOD_RULES = [("dense_int8", None), *(("moc_int8", rule) for rule in RULES)]
 
-# Compiles as launches would, for a GPU that need not be there: the launches themselves are left out.
 COUNT_VARIANTS = """
-import contextlib, torch, triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime.jit import JITFunction
-
-class Driver:
-    def get_current_target(self): return GPUTarget("cuda", 90, 32)
-    def get_current_device(self): return 0
-    def get_current_stream(self, device): return 0
-
-triton.runtime.driver.set_active(Driver())
-run = JITFunction.run
-JITFunction.run = lambda self, *a, grid, warmup, **k: run(self, *a, grid=grid, warmup=True, **k)
+import contextlib, torch
 torch.cuda.get_device_capability = lambda device: (9, 0)
 
 from moc.kernels import decode, decode_launch
@@ -231,11 +217,5 @@ def test_compilations_for_every_number_of_tokens() -> None:
     In the order clear, gate, cut, channels, down. Of several tokens only the channels kernel knows whether a
     down kernel follows, and that is what four tokens and five differ in.
     """
-    done = subprocess.run(
-        [sys.executable, "-c", COUNT_VARIANTS],
-        env={**os.environ, "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-    )
     wanted = ["nm:2:8 [2, 0, 0, 3, 1]", "topk:0.1875 [0, 2, 1, 3, 1]"]
-    assert done.stdout.splitlines() == wanted, done.stderr
+    assert printed_without_launching(COUNT_VARIANTS).splitlines() == wanted
