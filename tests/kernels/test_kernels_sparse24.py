@@ -62,13 +62,16 @@ def selected(rule: str, d_ffn: int, dtype: str, device: str) -> tuple[Tensor, Te
 
 
 @pytest.mark.parametrize(
-    ("rule", "dtype"),
-    [("nm:2:8", "bf16"), ("nm:2:8", "fp16"), ("nm:2:4", "bf16"), ("nm:2:12", "bf16"), ("nm:1:64", "bf16")],
+    ("rule", "d_ffn", "dtype"),
+    [
+        *(("nm:2:8", 288, "bf16"), ("nm:2:8", 96, "fp16")),
+        *((rule, 96, "bf16") for rule in ("nm:2:4", "nm:2:12", "nm:1:64")),
+    ],
 )
-def test_select_writes_a_sparse_z(rule: str, dtype: str, device: str) -> None:
+def test_select_writes_a_sparse_z(rule: str, d_ffn: int, dtype: str, device: str) -> None:
     """Sparse z is the dense z of the same gates, bit for bit, and so is what is kept beside it."""
-    g, u, kept, sparse = selected(rule, 288, dtype, device)
-    again = poisoned(64, kept.pairs.shape[1], 288, g.dtype, device)
+    g, u, kept, sparse = selected(rule, d_ffn, dtype, device)
+    again = poisoned(64, kept.pairs.shape[1], d_ffn, g.dtype, device)
     z = torch.full_like(u, math.nan)
     select_pass(g, u, z, parse_selection(rule), again, torch.zeros((), dtype=torch.int64, device=device))
     assert torch.equal(decompressed(sparse), z.cpu().float())
@@ -79,7 +82,7 @@ def test_select_writes_a_sparse_z(rule: str, dtype: str, device: str) -> None:
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_expand_writes_a_sparse_gradient_beside_the_dense(dtype: str, device: str) -> None:
     """Sparse [dg du] is the dense one that the same pass writes, bit for bit, for a width of many tiles."""
-    d_ffn = 544
+    d_ffn = 288
     g, _u, kept, _z = selected("nm:2:8", d_ffn, dtype, device)
     dz = torch.randn(64, d_ffn).to(g)
     dgu, z = torch.full((64, 2 * d_ffn), math.nan).to(g), torch.full((64, d_ffn), math.nan).to(g)
@@ -140,11 +143,12 @@ def test_the_operator_with_sparse_products(
 
     monkeypatch.setattr("moc.cusparselt.sparse_mm", product)
     monkeypatch.setattr("moc.ffn_ops._is_sparse", lambda *_: True)
-    monkeypatch.setattr("moc.ffn_ops.LONG_BATCH", 100)
+    monkeypatch.setattr("moc.ffn_ops.LONG_BATCH", 60)
+    monkeypatch.setattr("moc.ffn_ops.CHUNK_MULTIPLE", 64)
     layer = make(32, 128, "nm:2:8", DTYPES[dtype], device, fp8)
-    x, dy = tokens(133, 32, DTYPES[dtype], device)
+    x, dy = tokens(69, 32, DTYPES[dtype], device)
     actual = run(layer, x, dy)
-    assert products == [(128, 128), (128, 256)]
+    assert products == [(64, 128), (64, 256)]
     expected = moc_forward_backward(x, *weights(layer), dy, parse_selection("nm:2:8"))
     assert_same(actual, expected, 0.05 if fp8 else TOLERANCE[dtype])
 
