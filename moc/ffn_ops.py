@@ -184,7 +184,7 @@ def _forward(
 
 def _cast(dtype: torch.dtype, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The weights in this dtype; if that takes a copy, w_gate and w_up lie side by side."""
-    if w_gate.dtype == dtype:
+    if w_gate.dtype == w_up.dtype == w_down.dtype == dtype:
         return w_gate, w_up, w_down
     joined = w_gate.new_empty(2, *w_gate.shape, dtype=dtype)
     joined[0], joined[1] = w_gate, w_up
@@ -332,9 +332,8 @@ def _autograd(
         dy.contiguous(), x, pairs, scales, bitmask, w_gate, w_up, w_down, two_of_four
     )
     d_ffn = w_gate.shape[0]
-    grads = (dw_gu[0, :d_ffn], dw_gu[1, :d_ffn], dw_down)
-    dw_gate, dw_up, dw_down = (grad.to(w_gate.dtype) for grad in grads)
-    return dx, dw_gate, dw_up, dw_down, None, None, None
+    dw_gate, dw_up = dw_gu[0, :d_ffn].to(w_gate.dtype), dw_gu[1, :d_ffn].to(w_up.dtype)
+    return dx, dw_gate, dw_up, dw_down.to(w_down.dtype), None, None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -235,6 +235,24 @@ def test_autocast(device: str) -> None:
     assert_same(FfnGrads(y.detach(), *grads), run(half, x.bfloat16(), dy.bfloat16()), 1e-6)
 
 
+@pytest.mark.parametrize("narrow", ["w_gate", "w_up", "w_down"])
+def test_autocast_of_weights_of_several_dtypes(narrow: str, device: str) -> None:
+    """A weight may have autocast's dtype already; each gets a gradient of its own dtype, of equal value."""
+    layer = make(12, 50, "topk:9", torch.float32, device)
+    x, dy = tokens(4, 12, torch.float32, device)
+    half = TritonMoCFFN(layer.shape, layer.selection).to(device, torch.bfloat16)
+    half.load_state_dict(layer.state_dict())
+    leaves = [w.detach().clone().requires_grad_() for w in (layer.w_gate, layer.w_up, layer.w_down)]
+    at = NAMES.index(f"d{narrow}") - 2
+    leaves[at] = leaves[at].detach().bfloat16().requires_grad_()
+    leaf = x.clone().requires_grad_()
+    with torch.autocast(device, dtype=torch.bfloat16):
+        y, _overflow = triton_moc_ffn(leaf, *leaves, layer.selection)
+    grads = torch.autograd.grad(y, [leaf, *leaves], dy.bfloat16())
+    assert [grad.dtype for grad in grads[1:]] == [weight.dtype for weight in leaves]
+    assert_same(FfnGrads(y.detach(), *grads), run(half, x.bfloat16(), dy.bfloat16()), 1e-6)
+
+
 def test_autocast_keeps_no_copy_of_a_weight(device: str) -> None:
     """Of the weights the parameters themselves are saved; a cast of them does not wait for backward."""
     layer = make(12, 64, "topk:9", torch.float32, device)
