@@ -101,9 +101,12 @@ def speed_sentence(lead: pd.DataFrame, part: pd.DataFrame) -> str:
     if len(lead) == 1 and line["x_best_dense_ci_low"] == line["x_best_dense_ci_low"]:
         ends = (line["x_best_dense_ci_low"], line["x_best_dense_ci_high"])
         interval = f", 95 % interval {ends[0]:.3g} to {ends[1]:.3g}"
-    how = "paired ratio" if lead["paired"].all() else "unpaired: each was measured in a process of its own"
-    if lead["paired"].any() and not lead["paired"].all():
-        how = "paired ratio, unpaired where the faster dense method was measured later"
+    how = text.by_pairing(
+        lead["paired"],
+        every="paired ratio",
+        some="paired ratio, unpaired where the faster dense method was measured later",
+        none="unpaired: each was measured in a process of its own",
+    )
     figures = ""
     if len(lead) == 1:
         rival = part[(part["cell"] == line["cell"]) & (part["method"] == line["baseline"])].iloc[0]

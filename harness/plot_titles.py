@@ -122,11 +122,13 @@ def saved_title(summary: pd.DataFrame) -> str:
 
 def ratio_note(lines: pd.DataFrame) -> str:
     """What the speeds against dense are, as a note begins: paired, quotients of two runs, or some of each."""
-    if lines["paired"].all():
-        return "Medians of paired ratios"
-    if not lines["paired"].any():
-        return "Quotients of speeds"
-    return "Medians of paired ratios, or quotients of speeds where a faster dense method was measured later"
+    return text.by_pairing(
+        lines["paired"],
+        every="Medians of paired ratios",
+        some="Medians of paired ratios, or quotients of speeds where a faster dense method was measured"
+        " later",
+        none="Quotients of speeds",
+    )
 
 
 def speedup_title(summary: pd.DataFrame) -> str:

@@ -200,15 +200,13 @@ def _grid_section(
 
 
 def _headline_note(headline: pd.DataFrame) -> str:
-    if headline["paired"].all():
-        paired = "Speed ratios are paired: rivals took turns in one process."
-    elif headline["paired"].any():
-        paired = (
-            "Speed ratios are paired, since rivals took turns in one process, except those marked unpaired:"
-            " the fastest dense method was measured later, and they are quotients of two runs' speeds."
-        )
-    else:
-        paired = "Speed ratios are unpaired: each method ran in a process of its own."
+    paired = text.by_pairing(
+        headline["paired"],
+        every="Speed ratios are paired: rivals took turns in one process.",
+        some="Speed ratios are paired, since rivals took turns in one process, except those marked unpaired:"
+        " the fastest dense method was measured later, and they are quotients of two runs' speeds.",
+        none="Speed ratios are unpaired: each method ran in a process of its own.",
+    )
     peak = text.peak_name(str(headline["peak_metric"].iloc[0]))
     return (
         f"x best dense: speed against the fastest dense method of the same setting and seed. {paired} "

@@ -71,10 +71,9 @@ def point_table(rows: pd.DataFrame, samples: pd.DataFrame | None = None) -> pd.D
     `family`, `k_pct`, `is_dense`, `misaligned`, `measured`, `speed` (tokens/s), `peak_bytes` with
     `peak_metric`, and per measured point `x_best_dense` (with interval) against `baseline`, `paired` if
     measured as such and else the quotient of two speeds, `unpaired` if that is so although the point has a
-    paired ratio, to a dense method that a faster one has joined since;
-    `memory_change` against `leanest` and `saved_change` against `saved_leanest` (fractions; the fastest dense
-    stands in where `dense_as_fast` is false; `..._fastest` are against it always), `loss_gap` (nats) and
-    `perplexity_change` (%).
+    paired ratio, to a dense method that a faster one has joined since; `memory_change` against `leanest` and
+    `saved_change` against `saved_leanest` (fractions; the fastest dense stands in where `dense_as_fast` is
+    false; `..._fastest` are against it always), `loss_gap` (nats) and `perplexity_change` (%).
 
     With the raw `samples` of the sweep (`harness.store.read_samples`) the interval of `loss_gap` is that of
     the differences window by window of the same validation text, and `gap_paired` is true; without them it

@@ -84,6 +84,11 @@ def listing(items: Sequence[str]) -> str:
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
 
 
+def by_pairing(paired: pd.Series, every: str, some: str, none: str) -> str:
+    """The one of three texts that says which of these lines have a speed ratio that was measured as such."""
+    return every if paired.all() else some if paired.any() else none
+
+
 def peak_name(metric: str) -> str:
     """What a peak-memory metric is called: the allocator's on CUDA, the process's on a CPU."""
     return _PEAK_NAMES[metric]

@@ -19,9 +19,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from moc.compact import pack_bitmask
 from moc.kernels.sparse24 import TILE_COLUMNS, TILE_ROWS, Sparse24, compressed_bytes, metadata_pass
 
-DTYPES = (torch.bfloat16, torch.float16)
 _DATA_TYPES = {torch.bfloat16: 14, torch.float16: 2}  # cudaDataType
 _ROW_MAJOR, _PLAIN, _COMPUTE_FLOAT, _HALF, _DEFAULT, _CONFIG_ID = 2, 0, 2, 0, 0, 0
 _ALIGNMENT = 16  # bytes
@@ -45,16 +45,15 @@ def _usable(index: int) -> bool:
     device = torch.device("cuda", index)
     rows, width, columns = 2 * TILE_ROWS, 4 * TILE_COLUMNS, 64
     generator = torch.Generator().manual_seed(0)
-    kept = torch.rand(rows, width // 4, 4, generator=generator).argsort(2).argsort(2) < 2
-    dense = torch.randn(rows, width, generator=generator).to(torch.bfloat16) * kept.flatten(1)
+    kept = (torch.rand(rows, width // 4, 4, generator=generator).argsort(2).argsort(2) < 2).flatten(1)
+    dense = torch.randn(rows, width, generator=generator).to(torch.bfloat16) * kept
     right = torch.randn(width, columns, generator=generator).to(device, torch.bfloat16)
-    bits = (kept.view(rows, -1, 32).long() << torch.arange(32)).sum(2)
     buffer = torch.zeros(compressed_bytes(rows, width), dtype=torch.uint8, device=device)
     sparse = Sparse24(buffer, rows, width, torch.bfloat16)
-    sparse.values.copy_(dense[kept.flatten(1)].view(rows, -1))
+    sparse.values.copy_(dense[kept].view(rows, -1))
     result = torch.empty(rows, columns, dtype=torch.bfloat16, device=device)
     try:
-        metadata_pass(bits.to(torch.int32).to(device), sparse)
+        metadata_pass(pack_bitmask(kept).to(device), sparse)
         sparse_mm(sparse, right, result)
         expected = dense.to(device).float() @ right.float()
         error = float((result.float() - expected).norm() / expected.norm())
@@ -78,7 +77,7 @@ def sparse_mm(sparse: Sparse24, right: Tensor, out: Tensor) -> None:
         raise ValueError(
             f"[{sparse.n_rows}, {sparse.width}] x {list(right.shape)} does not give {list(out.shape)}"
         )
-    if not (right.dtype == out.dtype == sparse.dtype and sparse.dtype in DTYPES):
+    if not (right.dtype == out.dtype == sparse.dtype and sparse.dtype in _DATA_TYPES):
         raise ValueError(f"dtypes {sparse.dtype}, {right.dtype}, {out.dtype}: expected bf16 or fp16 alike")
     if right.stride(1) != 1 or out.stride(1) != 1:
         raise ValueError(f"strides {right.stride()}, {out.stride()}: expected row-major matrices")

@@ -76,7 +76,8 @@ def measure(variant: Variant, capability: int) -> dict[str, int]:
     from triton.compiler import ASTSource
 
     launch = _LAUNCHES[variant.kind](variant, capability)
-    kernel, fixed = launch.kernel, launch.constants
+    kernel = launch.kernel
+    fixed = {name: value for name, value in launch.constants.items() if name in kernel.arg_names}
     signature = {name: "constexpr" if name in fixed else launch.types[name] for name in kernel.arg_names}
     aligned = {
         (index,): [["tt.divisibility", 16]]
@@ -96,7 +97,7 @@ class _Launch:
     """A kernel, the constants it is compiled for, the types of its other arguments, and its warps."""
 
     kernel: Any
-    constants: dict[str, Any]
+    constants: dict[str, Any]  # those that the kernel does not take are left out
     types: dict[str, str]
     num_warps: int
     aligned: tuple[str, ...] = ()  # arguments that are multiples of 16, beside pointers
@@ -127,7 +128,6 @@ def _pass(variant: Variant, capability: int) -> _Launch:
     absent = [*([] if variant.fp8 else ["scales_ptr"]), *(["pairs_ptr", "bitmask_ptr"] if few else [])]
     absent += [] if sparse else ["sparse_ptr"]
     fixed = {**constants, "ASM": True, **dict.fromkeys(absent)}
-    fixed = {name: value for name, value in fixed.items() if name in kernel.arg_names}
     return _Launch(kernel, fixed, types, tiling.num_warps)
 
 
@@ -135,7 +135,7 @@ def _metadata(_variant: Variant, _capability: int) -> _Launch:
     """The metadata of a sparse [dg du], as `moc.kernels.sparse24` launches it."""
     from moc.kernels import sparse24
 
-    types = {"bitmask_ptr": "*i32", "metadata_ptr": "*i32", "words": "i32", "tiles": "i32"}
+    types = {"bitmask_ptr": "*i32", "metadata_ptr": "*i32", "words": "i32"}
     constants = {"COPIES": 2, "BLOCK": sparse24.BLOCK}
     return _Launch(sparse24.metadata_kernel, constants, types, sparse24.NUM_WARPS)
 
@@ -200,7 +200,6 @@ def _decode(variant: Variant, capability: int) -> _Launch:
     types |= dict.fromkeys(("z_ptr", "sum_ptr", "parts_ptr"), "*fp32")
     types |= dict.fromkeys(("cut_ptr", "zeros_ptr", "ticket_ptr", "tickets_ptr"), "*i32")
     fixed = {**constants, "ASM": True, **dict.fromkeys(absent)}
-    fixed = {name: value for name, value in fixed.items() if name in kernel.arg_names}
     return _Launch(kernel, fixed, types, num_warps, ("D",))
 
 

@@ -96,12 +96,11 @@ def _spread(indices, low: tl.constexpr):
     return b_half | ((b_indices & 0xF0) << 12) | ((b_indices & 0xF00000) << 4)
 
 
-@jit(do_not_specialize=["words", "tiles"])
+@jit(do_not_specialize=["words"])
 def metadata_kernel(
     bitmask_ptr,  # [T, words] int32
-    metadata_ptr,  # [T / 64, tiles, 64] int32
+    metadata_ptr,  # [T / 64, COPIES * words, 64] int32
     words,
-    tiles,  # COPIES * words
     COPIES: tl.constexpr,  # matrices of this bitmask side by side
     BLOCK: tl.constexpr,  # words
 ):
@@ -115,7 +114,7 @@ def metadata_kernel(
     b_high = _indices(tl.load(b_ptr + 8 * words, mask=b_inside, other=0))
     b_first = _spread(b_low, 0) | (_spread(b_high, 0) << 4)
     b_second = _spread(b_low, 2) | (_spread(b_high, 2) << 4)
-    b_ptr = metadata_ptr + (row * tiles + b_word[None, :]) * 64 + 2 * b_pair[:, None]
+    b_ptr = metadata_ptr + (row * COPIES * words + b_word[None, :]) * 64 + 2 * b_pair[:, None]
     for copy in tl.static_range(COPIES):
         tl.store(b_ptr + copy * words * 64, b_first, mask=b_inside)
         tl.store(b_ptr + copy * words * 64 + 1, b_second, mask=b_inside)
@@ -141,5 +140,5 @@ def metadata_pass(bitmask: Tensor, sparse: Sparse24) -> None:
         return
     with launching_on(bitmask):
         metadata_kernel[(n_tokens // TILE_ROWS, -(-words // BLOCK))](
-            bitmask, sparse.metadata, words, copies * words, copies, BLOCK, num_warps=NUM_WARPS
+            bitmask, sparse.metadata, words, copies, BLOCK, num_warps=NUM_WARPS
         )

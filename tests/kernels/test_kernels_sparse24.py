@@ -8,6 +8,7 @@ from kernel_cases import DTYPES, TOLERANCE, assert_same, make, poisoned, rows, r
 from torch import Tensor
 
 from moc import cusparselt
+from moc.compact import pack_bitmask
 from moc.kernels.between import Kept, expand_pass, select_pass
 from moc.kernels.sparse24 import Sparse24, compressed_bytes, metadata_pass
 from moc.reference import moc_forward_backward
@@ -98,7 +99,7 @@ def test_every_pattern_of_four(device: str) -> None:
     patterns = torch.tensor([word for word in range(16) if word.bit_count() <= 2])
     groups = patterns[torch.randint(0, 11, (128, 16), generator=torch.Generator().manual_seed(5))]
     keep = (groups[..., None] >> torch.arange(4) & 1).bool().flatten(1)
-    bitmask = (keep.view(128, 2, 32).long() << torch.arange(32)).sum(2).to(torch.int32).to(device)
+    bitmask = pack_bitmask(keep).to(device)
     sparse = empty(128, 64, torch.bfloat16, device)
     sparse.values.fill_(1)
     metadata_pass(bitmask, sparse)
