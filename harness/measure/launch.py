@@ -287,8 +287,8 @@ def load_libraries(device: torch.device, dtype: torch.dtype) -> None:
     """Run a small product and its gradients, so that no contender's first call pays for what all share.
 
     That is cuBLAS, the kernels' module, threads, and what autograd imports when it is first given a gradient.
-    The gradient of silu comes first: autograd's thread must have launched a kernel before it may call cuBLAS, or
-    PyTorch warns that the thread has no CUDA context.
+    The gradient of silu comes first: autograd's thread must have launched a kernel before it may call cuBLAS,
+    or PyTorch warns that the thread has no CUDA context.
     """
     a = torch.randn(64, 64, device=device).to(dtype).requires_grad_()
     y = torch.nn.functional.silu(torch.nn.functional.linear(a @ a.T, a))

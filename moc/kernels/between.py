@@ -124,8 +124,13 @@ def select_fwd_kernel(
     u_ptr = tl.multiple_of(u_ptr + row * u_stride, BYTES)
     z_ptr = tl.multiple_of(z_ptr + row * z_stride, BYTES)
 
+    begin = tl.program_id(1) * PART
+    end = tl.minimum(begin + PART, F) if PART else F
     if RULE != NM:
-        score, cut, overflow = row_threshold(g_ptr, K, first, quantile, F, PIECE, RULE, PACKED, GUESS, ASM)
+        # `last`: the last channel kept of those equal to the score, or, in a part, how many are.
+        score, last, overflow = row_threshold(
+            g_ptr, K, first, quantile, begin if PART else None, F, PIECE, RULE, PACKED, GUESS, ASM
+        )
         if RULE == THRESHOLD:  # noqa: SIM102 - the outer condition is decided when compiling
             if (overflow > 0) & (tl.program_id(1) == 0):
                 tl.atomic_add(overflow_ptr, overflow.to(tl.int64), sem="relaxed")
@@ -147,8 +152,6 @@ def select_fwd_kernel(
     n_kept = 0
     if RULE == NM and WAY == BISECT:
         b_chunk = tl.full((CHUNK // 32,), 0, tl.int32)  # the kept channels of this tile and of others
-    begin = tl.program_id(1) * PART
-    end = tl.minimum(begin + PART, F) if PART else F
     for start in range(begin, end, ROWS * 32):
         if RULE == NM and WAY == BISECT:  # noqa: SIM102 - as above
             if start % CHUNK == 0:
@@ -165,7 +168,17 @@ def select_fwd_kernel(
             b_score = score_of(b_g, RULE, ASM)
             if RULE == TOPK_ABS:
                 b_score = tl.where(b_inside, b_score, float("-inf"))
-            b_kept = kept_bit(b_score, score, b_at, cut - start, (1 << b_bit)[None, :], ASM)
+            if PART:
+                b_equal = (b_score == score) & b_inside
+                b_words = total(tl.where(b_equal, (1 << b_bit)[None, :], 0), 1)
+                b_count = popcount(b_words, ASM)
+                b_before = (running_total(b_count, 0) - b_count)[:, None]
+                b_equal &= b_before + bits_before(b_words[:, None], b_bit[None, :], ASM) < last
+                b_kept = tl.where((b_score > score) | b_equal, (1 << b_bit)[None, :], 0)
+                if PART > ROWS * 32:
+                    last -= total(b_count, 0)
+            else:
+                b_kept = kept_bit(b_score, score, b_at, last - start, (1 << b_bit)[None, :], ASM)
             b_bits = total(b_kept, 1)
         # [ROWS] words say it all; what follows tests their bits, so that no predicate lives long.
         b_keep = ((b_bits[:, None] >> b_bit[None, :]) & 1) != 0

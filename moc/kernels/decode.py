@@ -115,7 +115,7 @@ def decode_cut_kernel(
     wait(PDL)
     token = tl.program_id(0)
     g_ptr = tl.multiple_of(g_ptr + token * g_stride, 16)
-    score, cut, overflow = row_threshold(g_ptr, K, first, quantile, F, PIECE, RULE, PACKED, True, ASM)
+    score, cut, overflow = row_threshold(g_ptr, K, first, quantile, None, F, PIECE, RULE, PACKED, True, ASM)
     tl.store(cut_ptr + 2 * token, score.to(tl.int32, bitcast=True))
     tl.store(cut_ptr + 2 * token + 1, cut)
     if RULE == THRESHOLD:
@@ -209,20 +209,22 @@ def decode_channels_kernel(
             b_rounded = narrowed(b_gate, DTYPE, ASM).to(tl.float32)
             b_keep = keep_in_banks(b_rounded, b_inside, TOKENS, BANKS, N, WIDTH, ASM)
         else:
+            b_mine = score_of(b_gate, RULE, ASM)
             if cut_ptr is None:
-                score, cut, overflow = row_threshold(
-                    g_ptr, K, first, quantile, ROW, PIECE, RULE, PACKED, True, ASM
+                begin = tl.program_id(0) * CHANNELS
+                score, ties, overflow = row_threshold(
+                    g_ptr, K, first, quantile, begin, ROW, PIECE, RULE, PACKED, True, ASM
                 )
                 if RULE == THRESHOLD:
                     tl.store(overflow_ptr, overflow.to(tl.int64), tl.program_id(0) == 0)
-                b_score = tl.full((TOKENS,), 0.0, tl.float32) + score
-                b_cut = tl.full((TOKENS,), 0, tl.int32) + cut
+                b_equal = ((b_mine == score) & b_inside[None, :]).to(tl.int32)
+                b_keep = (b_equal > 0) & (running_total(b_equal, 1) <= ties)
+                b_score = score
             else:
-                b_score = tl.load(cut_ptr + 2 * b_token, b_token < T, 0).to(tl.float32, bitcast=True)
+                b_score = tl.load(cut_ptr + 2 * b_token, b_token < T, 0).to(tl.float32, bitcast=True)[:, None]
                 b_cut = tl.load(cut_ptr + 2 * b_token + 1, b_token < T, -1)
-            b_mine = score_of(b_gate, RULE, ASM)
-            b_keep = (b_mine == b_score[:, None]) & (b_channel[None, :] <= b_cut[:, None])
-            b_keep = ((b_mine > b_score[:, None]) | b_keep) & b_inside[None, :]
+                b_keep = (b_mine == b_score) & (b_channel[None, :] <= b_cut[:, None])
+            b_keep = ((b_mine > b_score) | b_keep) & b_inside[None, :]
         b_keep &= (b_token < T)[:, None]
         b_gate = tl.where(b_keep, b_gate, 0.0)
         b_any = total(b_keep.to(tl.int32), 0) > 0  # [CHANNELS]: some token keeps it

@@ -3,13 +3,15 @@
 Global rules (`topk`, `topk_abs`, `threshold`) look for the row's K-th largest score. The row is read once,
 stays in registers, and is only counted: how many scores are at least x, for some values of x. A bf16 or fp16
 row stays packed, two channels to a register, and one instruction compares both, so a count costs 3/4
-instruction per channel and one warp reduction. Halving the interval takes up to 16 counts (32 for float32); a
-first guess from mean and deviation of a piece of the row takes 6 to 7 where gates are about normal, 12 where
-they are heavy-tailed, and never goes wrong.
+instruction per channel and one warp reduction. Halving the interval would take up to 16 counts (32 for
+float32). Instead the first is at a guess, from mean and deviation of a piece of the row, and later ones are
+where the counts at both ends say that the K-th largest lies: about 4 counts where gates are about normal, 7
+where they are heavy-tailed. After some misses the interval is halved, so that the search always ends.
 
-Of channels equal to the K-th largest the lowest are kept, up to a *cut*: a channel is kept if its score is
-above the K-th largest, or equal to it and the channel at most the cut. Bytes: itemsize * d_ffn read per row;
-finding the cut reads part of the row again, from L1.
+Of channels equal to the K-th largest the lowest are kept. For a program that handles the whole row they end
+at a *cut*: a channel is kept if its score is above the K-th largest, or equal to it and the channel at most
+the cut, for which a part of the row is read again, from L1. A program that handles some channels of a row
+needs less: how many equal ones lie before its own, one count. Bytes: itemsize * d_ffn read per row.
 
 Scores are searched by *key*: the bits of a float as an integer in the order of the floats. NaN ranks as
 infinity. `nm` rules are local to a bank: see `banks.py`.
@@ -31,6 +33,7 @@ from moc.kernels.primitives import jit, largest, ranked, running_total, total
 # How a rule is told to a kernel.
 TOPK, TOPK_ABS, NM, THRESHOLD = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 RULES = {"topk": 0, "topk_abs": 1, "nm": 2, "threshold": 3}
+INTERPOLATIONS = tl.constexpr(8)  # counts of a search, before each further one halves what is left
 
 
 @functools.cache
@@ -191,6 +194,7 @@ def row_threshold(
     K,
     first,
     quantile,
+    begin,
     F: tl.constexpr,
     PIECE: tl.constexpr,
     RULE: tl.constexpr,
@@ -201,7 +205,8 @@ def row_threshold(
     """(score, cut, overflow) of a row: what is above `score`, or equal and at a channel <= cut, is kept.
 
     At most K channels are kept, none with a key below `first`, exactly K if that many are left; `overflow` is
-    how many more there were, counted for `threshold` only.
+    how many more there were, counted for `threshold` only. If `begin` is an even channel, not None:
+    (score, ties, overflow), where of the channels from there on that equal `score` the first `ties` are kept.
     """
     if RULE == TOPK_ABS:
         DTYPE: tl.constexpr = tl.float32
@@ -227,11 +232,13 @@ def row_threshold(
     step = 0
     if GUESS and F >= PIECE:
         # Where the K-th largest would be if scores were normal: a handful of counts instead of one per bit.
-        # Steps away from the guess grow by four, from an eighth of an octave, until it lies in between.
+        # Steps away from the guess grow by four, from an eighth of an octave, until it lies in between; from
+        # then on the counts at both ends say where.
         step = 1 << (DTYPE.fp_mantissa_width - 3)
         middle = tl.maximum(
             low + 1, tl.minimum(_guess(b_pieces[0], quantile, PIECE, DTYPE, PACKED), high - 1)
         )
+    rounds = 0
     while low + 1 < high:
         n = count_from(b_pieces, middle, DTYPE, PACKED, ASM)
         if n >= K:
@@ -249,12 +256,57 @@ def row_threshold(
                 middle = high - tl.minimum(high - middle, step)
             elif n_high == 0:
                 middle = low + tl.minimum(middle - low, step)
+            elif rounds < INTERPOLATIONS:
+                middle = _between(low, high, n_low, n_high, K)
             step = tl.minimum(step * 4, 1 << 28)
+            rounds += 1
     score = key_score(low, DTYPE)
-    cut = F - 1
-    if n_low > K:
-        cut = _nth_equal(row_ptr, low, K - n_high, F, PIECE, RULE, PACKED, DTYPE, ASM)
-    return score, cut, overflow
+    if begin is None:
+        last = F - 1
+        if n_low > K:
+            last = _nth_equal(row_ptr, low, K - n_high, F, PIECE, RULE, PACKED, DTYPE, ASM)
+        return score, last, overflow
+    else:
+        ties = F
+        if n_low > K:
+            ties = K - n_high - _equal_before(b_pieces, low, begin, PIECE, PACKED, DTYPE, ASM)
+        return score, ties, overflow
+
+
+@jit
+def _between(low, high, n_low, n_high, K):
+    """The key that K scores would reach if they lay evenly between `low` and `high`, which it never is."""
+    share = (n_low - K).to(tl.float32) / (n_low - n_high).to(tl.float32)
+    b_key = low.to(tl.float32) + share * (high.to(tl.float32) - low.to(tl.float32))
+    return tl.maximum(low + 1, tl.minimum(b_key.to(tl.int32), high - 1))
+
+
+@jit
+def _equal_before(
+    pieces,
+    key,
+    begin,
+    PIECE: tl.constexpr,
+    PACKED: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """How many channels before `begin`, which is even, have this key."""
+    INFINITY: tl.constexpr = 0x7F80 if DTYPE == tl.bfloat16 else 0x7C00  # of 16 bits
+    b_sum = tl.full((PIECE // 2 if PACKED else PIECE,), 0, tl.int32)
+    for i in tl.static_range(0, len(pieces)):
+        if PACKED:
+            b_from = compare_pairs(pieces[i], key_bits(key, DTYPE) * 0x10001, False, DTYPE, ASM)
+            # NaN ranks as infinity, and is at least anything here.
+            above = key_bits(tl.minimum(key + 1, INFINITY), DTYPE) * 0x10001
+            b_above = compare_pairs(pieces[i], above, False, DTYPE, ASM)
+            b_equal = b_from - tl.where(key < INFINITY, b_above, 0)
+            b_sum += tl.where(i * PIECE + 2 * tl.arange(0, PIECE // 2) < begin, b_equal, 0)
+        else:
+            b_before = i * PIECE + tl.arange(0, PIECE) < begin
+            b_sum += (b_before & (pieces[i] == key_score(key, DTYPE))).to(tl.int32)
+    n = total(b_sum, 0)
+    return pairs_counted(n) if PACKED else n
 
 
 @jit
@@ -269,11 +321,10 @@ def _guess(piece, quantile, PIECE: tl.constexpr, DTYPE: tl.constexpr, PACKED: tl
     if PACKED:
         b_low = half(piece, DTYPE)
         b_high = half(piece >> 16, DTYPE)
-        mean = total(b_low + b_high, 0) / PIECE
-        square = total(b_low * b_low + b_high * b_high, 0) / PIECE
+        b_sums = tl.join(b_low + b_high, b_low * b_low + b_high * b_high)
     else:
-        mean = total(piece, 0) / PIECE
-        square = total(piece * piece, 0) / PIECE
+        b_sums = tl.join(piece, piece * piece)
+    mean, square = tl.split(total(b_sums, 0) / PIECE)  # one reduction: warps wait for each other once
     guess = mean + quantile * tl.sqrt(tl.maximum(square - mean * mean, 0.0))
     if DTYPE.primitive_bitwidth == 16:
         bits = guess.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32)

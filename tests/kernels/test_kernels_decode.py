@@ -134,6 +134,21 @@ def test_equal_gates_go_to_the_lowest_channel(rule: str, tokens: int, d: int, d_
         assert float((y.double() - expected).abs().max() / scale) < TOLERANCE["bf16"], name
 
 
+@pytest.mark.parametrize("gate", [-1.0, float("inf")])
+@pytest.mark.parametrize("rule", ["topk", "topk_abs", "threshold:-2"])
+def test_the_last_tie_kept_may_be_at_any_program_s_edge(rule: str, gate: float) -> None:
+    """One token whose gates are all equal: the first K channels, whichever programs they belong to."""
+    x, tensors = torch.ones(1, 8, device=DEVICE).bfloat16(), weights(100, 8, torch.bfloat16)
+    tensors[0].fill_(gate / 8)
+    tensors[2].fill_(1)
+    for k in (1, 32, 33, 63, 64, 65, 96, 97, 100):
+        tensors[1].fill_(1 / 8)
+        tensors[1][k:] = float("nan")  # would show if it were used
+        y, _z, _overflow = run(x, tensors, parse_selection(f"{rule}:{k}"))
+        expected = k * torch.nn.functional.silu(gate * x)
+        assert torch.allclose(y, expected, rtol=TOLERANCE["bf16"], atol=0), k
+
+
 @pytest.mark.parametrize(
     "rule", ["nm:2:8", "nm:12:64", "topk:0.1875"], ids=lambda text: text.replace(":", "_")
 )
