@@ -37,14 +37,16 @@ def _gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _worker(rank: int, kind: str, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/{kind}", rank=rank, world_size=WORLD)
-    x = _tokens().chunk(WORLD)[rank]
+def _worker(rank: int, kind: str, folder: str, device_type: str) -> None:
+    if device_type == "cuda":
+        torch.cuda.set_device(rank)
+    backend = "nccl" if device_type == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{folder}/{kind}", rank=rank, world_size=WORLD)
+    layer, x = _layer().to(device_type), _tokens().chunk(WORLD)[rank].to(device_type)
     if kind == "ddp":
-        gradients = _gradients(DistributedDataParallel(_layer()), x)
+        gradients = _gradients(DistributedDataParallel(layer), x)
     else:
-        layer = _layer()
-        fully_shard(layer, mesh=init_device_mesh("cpu", (WORLD,)))
+        fully_shard(layer, mesh=init_device_mesh(device_type, (WORLD,)))
         sharded = _gradients(layer, x)
         gradients = {name: grad.full_tensor() for name, grad in sharded.items()}  # type: ignore[attr-defined]
     if rank == 0:
@@ -66,9 +68,21 @@ def test_two_processes_give_the_gradients_of_one(
             "OMP_NUM_THREADS": "1",
         }.items():
             patch.setenv(name, value)
-        mp.spawn(_worker, (kind, str(tmp_path)), nprocs=WORLD)
-    actual = torch.load(tmp_path / f"{kind}.pt", weights_only=True)
+        mp.spawn(_worker, (kind, str(tmp_path), "cpu"), nprocs=WORLD)
+    _assert_gradients_of_one(tmp_path / f"{kind}.pt")
 
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < WORLD, reason="needs two GPUs")
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_gpus_give_the_gradients_of_one(kind: str, tmp_path: Path) -> None:
+    """DDP and FSDP2 over NCCL on two GPUs: averaged gradients are those of the whole batch."""
+    mp.spawn(_worker, (kind, str(tmp_path), "cuda"), nprocs=WORLD)
+    _assert_gradients_of_one(tmp_path / f"{kind}.pt")
+
+
+def _assert_gradients_of_one(saved: Path) -> None:
+    actual = torch.load(saved, map_location="cpu", weights_only=True)
     layer = _layer().to("cuda" if torch.cuda.is_available() else "cpu")
     expected = _gradients(layer, _tokens().to(layer.w_gate.device))
     assert sorted(actual) == sorted(expected) == ["w_down", "w_gate", "w_up"]
