@@ -223,12 +223,12 @@ def _source_of_doubt(known: pd.DataFrame) -> str:
 
 
 def _hedges(lead: pd.DataFrame, part: pd.DataFrame) -> list[str]:
-    seeds = int(part["seeds"].min())
+    seeds = int(part.loc[part["cell"].isin(lead["cell"]), "seeds"].min())
     hedges = []
     if seeds == 1:
-        hedges.append("there is one seed, so seed noise of about 0.01 nats is unseen")
+        hedges.append(f"there is one seed, so seed noise of {text.SEED_NOISE} is unseen")
     elif seeds == 2:
-        hedges.append("two seeds cannot measure seed noise, which is about 0.01 nats")
+        hedges.append(f"two seeds cannot measure seed noise, which is {text.SEED_NOISE}")
     ratio = lead["tokens_per_parameter"]
     if ratio.notna().any() and ratio.max() < SHORT_RUN_TOKENS_PER_PARAMETER:
         hedges.append(

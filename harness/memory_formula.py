@@ -13,11 +13,11 @@ from harness.measure.memory import formula_error, predicted_peak
 
 
 def memory_formula(points: pd.DataFrame) -> pd.DataFrame:
-    """One line per measured `pretrain` point and dense rival of its cell with both numbers known.
+    """One line per setting, sparse rule and dense rival of `pretrain` with both numbers known.
 
     `points` is `harness.tables.point_table` of a sweep. Columns: preset, seq_len, method, selection, against,
-    measured_bytes, predicted_bytes, error (predicted over measured, minus one). Only allocator peaks count: a
-    resident set holds more than tensors.
+    measured_bytes and predicted_bytes, means over the seeds, and error (predicted over measured, minus one),
+    the one farthest from zero. Only allocator peaks count: a resident set holds more than tensors.
     """
     known = points[
         (points["workload"] == "pretrain")
@@ -26,7 +26,7 @@ def memory_formula(points: pd.DataFrame) -> pd.DataFrame:
         & points["saved_activation_bytes_per_token"].notna()
     ]
     lines = []
-    for _, group in known.groupby(["cell", "seed"], sort=False):
+    for (cell, _), group in known.groupby(["cell", "seed"], sort=False):
         dense = group[group["is_dense"]]
         for _, point in group[~group["is_dense"]].iterrows():
             rivals = dense[dense["method"] == point["baseline"]]
@@ -43,6 +43,7 @@ def memory_formula(points: pd.DataFrame) -> pd.DataFrame:
             measured = float(point["peak_allocated_bytes"])
             lines.append(
                 {
+                    "cell": cell,
                     **{name: point[name] for name in ("preset", "seq_len", "method", "selection")},
                     "against": base["method"],
                     "measured_bytes": measured,
@@ -50,5 +51,13 @@ def memory_formula(points: pd.DataFrame) -> pd.DataFrame:
                     "error": formula_error(predicted, measured),
                 }
             )
-    names = ["preset", "seq_len", "method", "selection", "against"]
-    return pd.DataFrame(lines, columns=[*names, "measured_bytes", "predicted_bytes", "error"])
+    names = ["cell", "preset", "seq_len", "method", "selection", "against"]
+    numbers = ["measured_bytes", "predicted_bytes", "error"]
+    groups = pd.DataFrame(lines, columns=[*names, *numbers]).groupby(names, sort=False, dropna=False)
+    means = {name: (name, "mean") for name in numbers[:2]}
+    found = groups.agg(**means, error=("error", _farthest_from_zero)).reset_index()
+    return found.drop(columns="cell")
+
+
+def _farthest_from_zero(errors: pd.Series) -> float:
+    return float(max(errors, key=abs))

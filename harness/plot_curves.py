@@ -46,7 +46,7 @@ def gap_over_tokens(summary: pd.DataFrame, curves: pd.DataFrame, caption: str, p
     gaps = gaps[~gaps["is_dense"]]
     note = "Below the line at 0, the fastest dense method: better than dense at that point. "
     several = summary["seeds"].max() > 1
-    note += "Thin: single seeds." if several else "One seed: noise of about 0.01 nats unseen."
+    note += "Thin: single seeds." if several else f"One seed: noise of {text.SEED_NOISE} unseen."
     y_name = "validation loss minus dense (nats/token)"
     return _curve_plot(summary, gaps, caption, path, gap_title, y_name, note)
 

@@ -279,6 +279,8 @@ def _several_lengths(lines: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     Lengths compare at equal tokens per step if the sweep held that still, else at equal batch.
     """
     rest = ["preset", "d_model", "d_ffn", "n_layers", "train_tokens", "vocab_size", "lr", "data_id", "dtype"]
+    if lines.empty:
+        return lines, ""
     for still, name in (("tokens", "Tokens per step"), ("batch", "Batch")):
         cells = lines[[*rest, still]].astype(object).fillna("").astype(str).agg("|".join, axis=1)
         known = lines.assign(cell=cells)

@@ -9,6 +9,7 @@ import pandas as pd
 
 MINUS = "\N{MINUS SIGN}"
 DASH = "\N{EN DASH}"
+SEED_NOISE = "about 0.02 nats"  # standard deviation over eight seeds at 60m and 30M tokens: docs/measured.md
 _BYTE_UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("B", 1))
 _PEAK_NAMES = {
     "peak_allocated_bytes": "peak allocated memory",

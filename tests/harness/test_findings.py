@@ -192,6 +192,15 @@ def test_three_seeds_give_a_t_interval_of_paired_differences() -> None:
     assert "one seed" not in sentences
 
 
+def test_a_lone_setting_of_one_seed_hedges_no_claim_about_another() -> None:
+    """The same rule in fp32, one seed and no dense beside it, is compared with nothing and hedges nothing."""
+    points = [point("moc_reference", TOPK, trained(500), dtype="fp32")]
+    for seed in range(3):
+        points.append(point("dense", None, trained(1000), seed=seed))
+        points.append(point("moc_reference", TOPK, trained(500), seed=seed))
+    assert "one seed" not in " ".join(findings(frame(*points)))
+
+
 @pytest.mark.parametrize(
     "other",
     [

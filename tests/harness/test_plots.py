@@ -231,6 +231,22 @@ def test_single_seeds_are_drawn_beside_their_mean(tmp_path: Path, boards: dict[s
     assert np.mean(sorted(at_k)) == pytest.approx(at_k[0])
 
 
+@pytest.mark.parametrize(
+    ("third", "told"), [(-0.04, "differs from dense by −4.9 %"), (0.01, "no difference")]
+)
+def test_titles_over_seeds_speak_of_the_mean(third: float, told: str, tmp_path: Path) -> None:
+    """Gaps of -0.06, -0.05 and a third: a title names their mean, and a difference only beyond their scatter."""
+    points = []
+    for seed, gap in enumerate((-0.06, -0.05, third)):
+        points.append(point("dense", None, quality(4.0), seed=seed))
+        points.append(point("moc_reference", "topk:0.1875", quality(4.0 + gap), seed=seed))
+    rows = frame(*points)
+    plots = draw(rows, tmp_path, curves(rows))
+    mean = (third - 0.11) / 3
+    assert told in plots["perplexity_vs_k"].title
+    assert plots["loss_gap_vs_tokens"].title.endswith(f"and \N{MINUS SIGN}{abs(mean):.3f} nats at the end")
+
+
 def test_only_what_the_rows_support_is_drawn(tmp_path: Path) -> None:
     """One dense point: nothing. One sparse point: K plots without a claim. No curves: no loss plots."""
     assert draw(frame(point("dense", None, {"tokens_per_s": 5.0})), tmp_path) == {}
