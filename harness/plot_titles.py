@@ -35,7 +35,8 @@ def k_title(summary: pd.DataFrame, metric: str) -> str:
     line = compared.iloc[0]
     if metric == "perplexity":
         if _within_seed_noise(compared):
-            return f"{_k(line)}: no difference from dense in perplexity shows over {compared['seeds'].min()} seeds"
+            seeds = f"{compared['seeds'].min():.0f} seeds"
+            return f"{_k(line)}: no difference from dense in perplexity shows over {seeds}"
         return f"{_k(line)} differs from dense by {_percent(compared[column])} in perplexity"
     if metric == "tokens_per_s":
         reached = text.span(compared[column], text.ratio)

@@ -235,7 +235,7 @@ def test_single_seeds_are_drawn_beside_their_mean(tmp_path: Path, boards: dict[s
     ("third", "told"), [(-0.04, "differs from dense by −4.9 %"), (0.01, "no difference")]
 )
 def test_titles_over_seeds_speak_of_the_mean(third: float, told: str, tmp_path: Path) -> None:
-    """Gaps of -0.06, -0.05 and a third: a title names their mean, and a difference only beyond their scatter."""
+    """Gaps of -0.06, -0.05 and a third: titles name the mean, and a difference only beyond the scatter."""
     points = []
     for seed, gap in enumerate((-0.06, -0.05, third)):
         points.append(point("dense", None, quality(4.0), seed=seed))
