@@ -33,34 +33,34 @@ def killed(text: str) -> int:
 
 
 def test_a_results_folder_survives_random_kills() -> None:
-    """One runner and two workers on a folder, all of them and their trials killed twelve times."""
-    text = soak("--points", "30", "--workers", "3", "--kills", "12", "--seed", "1")
+    """One runner and two workers on a folder, all of them and their trials killed fifteen times."""
+    text = soak("--points", "40", "--workers", "3", "--kills", "15", "--seed", "1")
     assert "rows lost 0, doubled 0, wrong 0, failed 0" in text
-    assert killed(text) == 12
+    assert killed(text) == 15
     assert "processes left 0" in text
 
 
 def test_a_database_survives_random_kills() -> None:
-    """A runner and five workers on a real PostgreSQL server, killed eight times."""
+    """A runner and seven workers on a real PostgreSQL server, killed ten times."""
     try:
         PrivatePostgres(Path("unused"))
     except NoPostgresError as error:
         if "CI" in os.environ:  # there it is installed, and a test that is skipped would hide that it is not
             raise
         pytest.skip(str(error))
-    text = soak("--over", "postgres", "--points", "30", "--workers", "6", "--kills", "8", "--seed", "2")
-    assert "30 points, 6 workers: rows lost 0, doubled 0, wrong 0, failed 0" in text
-    assert killed(text) == 8
+    text = soak("--over", "postgres", "--points", "40", "--workers", "8", "--kills", "10", "--seed", "2")
+    assert "40 points, 8 workers: rows lost 0, doubled 0, wrong 0, failed 0" in text
+    assert killed(text) == 10
 
 
 def test_two_ray_nodes_survive_random_kills() -> None:
-    """Four workers on two nodes of a Ray cluster, they and their trials killed six times: Ray starts them
+    """Four workers on two nodes of a Ray cluster, they and their trials killed eight times: Ray starts them
     again, and leases keep every point to one."""
     if "CI" not in os.environ and importlib.util.find_spec("ray") is None:
         pytest.skip("the extra `ray` is not installed")
-    text = soak("--over", "ray", "--points", "30", "--workers", "4", "--kills", "6", "--seed", "3")
-    assert "30 points, 4 workers: rows lost 0, doubled 0, wrong 0, failed 0" in text
-    assert killed(text) == 6
+    text = soak("--over", "ray", "--points", "40", "--workers", "4", "--kills", "8", "--seed", "3")
+    assert "40 points, 4 workers: rows lost 0, doubled 0, wrong 0, failed 0" in text
+    assert killed(text) == 8
     assert re.search(r"worker [1-9]", text)
 
 

@@ -141,7 +141,7 @@ def test_the_last_tie_kept_may_be_at_any_program_s_edge(rule: str, gate: float) 
     x, tensors = torch.ones(1, 8, device=DEVICE).bfloat16(), weights(100, 8, torch.bfloat16)
     tensors[0].fill_(gate / 8)
     tensors[2].fill_(1)
-    for k in (1, 32, 33, 64, 97, 100):
+    for k in (1, 32, 33, 63, 64, 65, 96, 97, 100):
         tensors[1].fill_(1 / 8)
         tensors[1][k:] = float("nan")  # would show if it were used
         y, _z, _overflow = run(x, tensors, parse_selection(f"{rule}:{k}"))
