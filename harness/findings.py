@@ -10,7 +10,14 @@ import pandas as pd
 
 from harness import text
 from harness.rows import CPU_PREFIX
-from harness.tables import failures, lead_lines, point_table, summarise
+from harness.tables import (
+    SEEDS_FOR_INTERVAL,
+    failures,
+    gaps_hold_zero,
+    lead_lines,
+    point_table,
+    summarise,
+)
 
 # Below this a training run is too short to rank methods by quality (about 20 is compute-optimal).
 SHORT_RUN_TOKENS_PER_PARAMETER = 20
@@ -197,14 +204,12 @@ def quality_sentence(lead: pd.DataFrame) -> str:
         figures = f"{text.number(line['perplexity'], 4)}, "
         half = (line["loss_gap_ci_high"] - line["loss_gap_ci_low"]) / 2
         doubt = f" ± {half:.3f}" if half == half else ""
-        unclear = half == half and abs(line["loss_gap"]) <= half
     else:
         figures, doubt = "", ""
         halves = (known["loss_gap_ci_high"] - known["loss_gap_ci_low"]) / 2
-        unclear = bool((known["loss_gap"].abs() <= halves).all())
         if halves.notna().any():
             doubt = f", each ± {text.span(halves, lambda value: f'{value:.3f}')}"
-    verdict = "; no difference shows within that uncertainty" if unclear else ""
+    verdict = "; no difference shows within that uncertainty" if gaps_hold_zero(known) else ""
     return (
         f"After {budget} training tokens its validation perplexity is {figures}{percent} from dense "
         f"({nats} nats{doubt}, {_source_of_doubt(known)}{verdict})."
@@ -213,7 +218,7 @@ def quality_sentence(lead: pd.DataFrame) -> str:
 
 def _source_of_doubt(known: pd.DataFrame) -> str:
     seeds = int(known["seeds"].min())
-    if seeds >= 3:
+    if seeds >= SEEDS_FOR_INTERVAL:
         return f"95 % over {seeds} seeds"
     if known["loss_gap_ci_low"].isna().all():
         return "no interval measured"

@@ -26,7 +26,7 @@ def memory_formula(points: pd.DataFrame) -> pd.DataFrame:
         & points["saved_activation_bytes_per_token"].notna()
     ]
     lines = []
-    for (cell, _), group in known.groupby(["cell", "seed"], sort=False):
+    for _, group in known.groupby(["cell", "seed"], sort=False):
         dense = group[group["is_dense"]]
         for _, point in group[~group["is_dense"]].iterrows():
             rivals = dense[dense["method"] == point["baseline"]]
@@ -43,8 +43,7 @@ def memory_formula(points: pd.DataFrame) -> pd.DataFrame:
             measured = float(point["peak_allocated_bytes"])
             lines.append(
                 {
-                    "cell": cell,
-                    **{name: point[name] for name in ("preset", "seq_len", "method", "selection")},
+                    **{name: point[name] for name in ("cell", "preset", "seq_len", "method", "selection")},
                     "against": base["method"],
                     "measured_bytes": measured,
                     "predicted_bytes": predicted,
@@ -52,12 +51,11 @@ def memory_formula(points: pd.DataFrame) -> pd.DataFrame:
                 }
             )
     names = ["cell", "preset", "seq_len", "method", "selection", "against"]
-    numbers = ["measured_bytes", "predicted_bytes", "error"]
-    groups = pd.DataFrame(lines, columns=[*names, *numbers]).groupby(names, sort=False, dropna=False)
-    means = {name: (name, "mean") for name in numbers[:2]}
-    found = groups.agg(**means, error=("error", _farthest_from_zero)).reset_index()
-    return found.drop(columns="cell")
-
-
-def _farthest_from_zero(errors: pd.Series) -> float:
-    return float(max(errors, key=abs))
+    columns = [*names, "measured_bytes", "predicted_bytes", "error"]
+    of_seeds = pd.DataFrame(lines, columns=columns).groupby(names, sort=False, dropna=False)
+    found = of_seeds.agg(
+        measured_bytes=("measured_bytes", "mean"),
+        predicted_bytes=("predicted_bytes", "mean"),
+        error=("error", lambda errors: max(errors, key=abs)),
+    )
+    return found.reset_index().drop(columns="cell")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from harness import text
-from harness.tables import lead_lines
+from harness.tables import SEEDS_FOR_INTERVAL, gaps_hold_zero, lead_lines
 
 
 def _k(line: pd.Series) -> str:
@@ -34,20 +34,14 @@ def k_title(summary: pd.DataFrame, metric: str) -> str:
         return f"{name} against K (no dense method in this run to compare with)"
     line = compared.iloc[0]
     if metric == "perplexity":
-        if _within_seed_noise(compared):
-            seeds = f"{compared['seeds'].min():.0f} seeds"
-            return f"{_k(line)}: no difference from dense in perplexity shows over {seeds}"
+        seeds = int(compared["seeds"].min())
+        if seeds >= SEEDS_FOR_INTERVAL and gaps_hold_zero(compared):
+            return f"{_k(line)}: no difference from dense in perplexity shows over {seeds} seeds"
         return f"{_k(line)} differs from dense by {_percent(compared[column])} in perplexity"
     if metric == "tokens_per_s":
         reached = text.span(compared[column], text.ratio)
         return f"{_k(line)} trains at {reached} the speed of the fastest dense method"
     return f"{_k(line)}'s peak memory is {text.change(compared[column])} {_rival(compared, 'leanest')}"
-
-
-def _within_seed_noise(lines: pd.DataFrame) -> bool:
-    """Whether every loss gap has an interval over seeds that holds zero."""
-    holds_zero = (lines["loss_gap_ci_low"] <= 0) & (lines["loss_gap_ci_high"] >= 0)
-    return bool(((lines["seeds"] >= 3) & holds_zero).all())
 
 
 def pareto_title(known: pd.DataFrame) -> str:

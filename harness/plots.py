@@ -22,7 +22,7 @@ from harness.plot_curves import gap_over_tokens, loss_curves, loss_over_tokens
 from harness.plot_panels import CONDITIONS, board_of, interval, one_size_each, panels, series_of, with_k
 from harness.plot_style import Board, Look, Mark, Plot, line_handle
 from harness.plot_titles import k_title, pareto_title, scaling_title
-from harness.tables import point_table, summarise
+from harness.tables import SEEDS_FOR_INTERVAL, cell_ids, point_table, summarise
 
 _K_AXIS = "K: channels kept per token (% of d_ffn)"
 _WHISKER: dict[str, Any] = {"capsize": 3, "elinewidth": 1.1, "capthick": 1.1}
@@ -78,7 +78,7 @@ def _note(summary: pd.DataFrame, metric: str, *, singles: bool = False) -> str:
     """How to read marks and intervals; `singles`: single seeds are drawn as small marks."""
     seeds = int(summary["seeds"].max())
     small = "; small marks: single seeds" if singles else ""
-    if seeds >= 3:
+    if seeds >= SEEDS_FOR_INTERVAL:
         return f"Means of {seeds} seeds with 95 % t intervals{small}."
     parts = []
     if summary[f"{metric}_ci_low"].notna().any():
@@ -279,11 +279,8 @@ def _several_lengths(lines: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     Lengths compare at equal tokens per step if the sweep held that still, else at equal batch.
     """
     rest = ["preset", "d_model", "d_ffn", "n_layers", "train_tokens", "vocab_size", "lr", "data_id", "dtype"]
-    if lines.empty:
-        return lines, ""
     for still, name in (("tokens", "Tokens per step"), ("batch", "Batch")):
-        cells = lines[[*rest, still]].astype(object).fillna("").astype(str).agg("|".join, axis=1)
-        known = lines.assign(cell=cells)
+        known = lines.assign(cell=cell_ids(lines, [*rest, still]))
         known = known[known.groupby("cell")["seq_len"].transform("nunique") > 1]
         if not known.empty:
             return known, name

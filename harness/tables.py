@@ -28,6 +28,8 @@ CELL: tuple[str, ...] = (
 # cuBLAS leaves its fast path where a width is not a multiple of this many elements.
 ALIGNMENT = 8
 DEFAULT_K = 0.1875
+# From so many seeds on, their scatter gives a mean its interval.
+SEEDS_FOR_INTERVAL = 3
 # Which sparse series speaks for the sweep in sentences and titles, if several were measured.
 _LEAD_METHODS = ("moc", "moc_fp8", "moc_reference")
 # The order people meet them in: the paper's rule first, its local stand-in of the same budget next.
@@ -111,6 +113,12 @@ def _window_losses(rows: pd.DataFrame, samples: pd.DataFrame | None) -> dict[str
     }
 
 
+def cell_ids(lines: pd.DataFrame, names: Sequence[str]) -> pd.Series:
+    """What is equal for lines that agree in all of these columns."""
+    words = lines[list(names)].astype(object).fillna("").astype(str)
+    return pd.Series(map("|".join, words.to_numpy()), index=lines.index, dtype=object)
+
+
 def _with_derived(points: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     throttled = rows.loc[rows["throttled"].fillna(False).astype(bool), "point_key"]
     off = (points["d_model"] % ALIGNMENT != 0) | (points["d_ffn"] % ALIGNMENT != 0)
@@ -121,7 +129,7 @@ def _with_derived(points: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     series = list(zip(points["method"], points["selection"], strict=True))
     peaks = [("peak_rss_over_start_bytes", "peak_allocated_bytes")[known] for known in allocated]
     derived = {
-        "cell": points[list(CELL)].astype(object).fillna("").astype(str).agg("|".join, axis=1),
+        "cell": cell_ids(points, CELL),
         "throttled": points["point_key"].isin(set(throttled)),
         "measured": points["status"].isin(MEASURED),
         "is_dense": [is_dense(method, selection or None) for method, selection in series],
@@ -306,12 +314,17 @@ def mean_interval(group: pd.DataFrame, name: str) -> tuple[float, float]:
     """95 % interval of the mean of a column over the seeds in `group`; NaN where nothing is known."""
     values = group[name].dropna()
     low, high = f"{name}_ci_low", f"{name}_ci_high"
-    if len(values) >= 3:
+    if len(values) >= SEEDS_FOR_INTERVAL:
         half = float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
         return float(values.mean() - half), float(values.mean() + half)
     if low in group and high in group:
         return float(group[low].mean()), float(group[high].mean())
     return math.nan, math.nan
+
+
+def gaps_hold_zero(lines: pd.DataFrame) -> bool:
+    """Whether the interval of every loss gap is known and holds zero: no difference from dense shows."""
+    return bool(((lines["loss_gap_ci_low"] <= 0) & (lines["loss_gap_ci_high"] >= 0)).all())
 
 
 def in_order(table: pd.DataFrame) -> pd.DataFrame:
