@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from harness.measure.ffn import TrainingCalls, ffn_weights, natural_tensors
 from harness.measure.launch import Contender, rotated_copies
 from harness.measure.roofline import decode_least_bytes
-from moc.compact import gather_compact, keep_mask, kept_channels, pack_bitmask
 from moc.config import FfnShape, get_preset
 from moc.llama import Llama
 from moc.methods import METHODS, Method
+from moc.ops.compact import gather_compact, keep_mask, kept_channels, pack_bitmask
 from moc.selection import Selection, parse_selection
 
 if TYPE_CHECKING:
-    from moc.kernels.between import Kept
+    from moc.kernels.passes import Kept
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def _select(rule: str, size: _Size) -> Benchmark:
     name = _name("select", None, rule)
 
     def open_pass(device: torch.device) -> Contender:
-        from moc.kernels.between import select_pass
+        from moc.kernels.passes import select_pass
 
         g, u, kept, _dz = _between(rule, size, device)
         overflow = torch.zeros((), dtype=torch.int64, device=device)
@@ -158,7 +158,7 @@ def _expand(size: _Size) -> Benchmark:
     """The pass that expands what was kept in a backward pass, alone."""
 
     def open_pass(device: torch.device) -> Contender:
-        from moc.kernels.between import expand_pass, select_pass
+        from moc.kernels.passes import expand_pass, select_pass
 
         g, u, kept, dz = _between(_TOPK, size, device)
         overflow = torch.zeros((), dtype=torch.int64, device=device)
@@ -171,7 +171,7 @@ def _expand(size: _Size) -> Benchmark:
 
 def _between(rule: str, size: _Size, device: torch.device) -> tuple[Tensor, Tensor, Kept, Tensor]:
     """g, u, room for what is kept, and dz, of a step of natural data."""
-    from moc.kernels.between import Kept
+    from moc.kernels.passes import Kept
 
     d_ffn = get_preset(size.preset).d_ffn
     k = parse_selection(rule).k(d_ffn)

@@ -32,8 +32,8 @@ import torch
 from harness.points import Point
 from harness.workloads.pretrain import model_config
 from moc.config import FfnShape
-from moc.loss import CHUNK_TOKENS
 from moc.methods import Method, get_method
+from moc.ops.loss import CHUNK_TOKENS
 from moc.selection import parse_selection
 
 ITEM_SIZE = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}

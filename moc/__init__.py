@@ -3,11 +3,13 @@ of methods that compares them. Importable on its own; measuring lives in `harnes
 
 from moc.config import PRESETS, FfnShape, LlamaConfig, get_preset
 from moc.decoding import GreedyDecoder
-from moc.layers import ActPruneFFN, DenseFFN, DenseGuFFN, MoCFFN, RecomputeFFN, init_weights
+from moc.layers.base import init_weights
+from moc.layers.dense import DenseFFN, DenseGuFFN, RecomputeFFN
+from moc.layers.moc import ActPruneFFN, MoCFFN
 from moc.llama import KVCache, Llama
-from moc.loss import chunked_cross_entropy, token_cross_entropy
 from moc.methods import METHODS, Method, get_method
-from moc.ops import act_prune_ffn, dense_gu_ffn, moc_ffn
+from moc.ops.loss import chunked_cross_entropy, token_cross_entropy
+from moc.ops.torch_ffn import act_prune_ffn, dense_gu_ffn, moc_ffn
 from moc.reference import FfnGrads
 from moc.selection import Selection, parse_selection
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moc.llama import Block, KVCache, LayerCache, Llama
-from moc.ops import place_side_by_side
+from moc.ops.inputs import place_side_by_side
 
 # Cache length is a multiple of it: a mask whose rows start at unaligned addresses is copied by every layer.
 _LENGTH_MULTIPLE = 64

@@ -2,8 +2,8 @@
 methods.
 
 Pre-norm blocks with RMSNorm, rotary positions (Hugging Face's convention: halves of a head are rotated
-against each other), causal attention without biases, an untied head, and the chunked loss of `moc.loss`. With
-the same weights it gives the logits of `transformers.LlamaForCausalLM`. Weights stay in float32 under
+against each other), causal attention without biases, an untied head, and the chunked loss of `moc.ops.loss`.
+With the same weights it gives the logits of `transformers.LlamaForCausalLM`. Weights stay in float32 under
 torch.autocast; the residual stream is then float32 and products run in the autocast dtype.
 """
 
@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moc.attention_ops import attend_step, takes_step
 from moc.config import LlamaConfig
-from moc.layers import init_weights
-from moc.loss import chunked_cross_entropy, token_cross_entropy
-from moc.ops import autocast_cast, compute_dtype
+from moc.layers.base import init_weights
+from moc.ops.attention import attend_step, takes_step
+from moc.ops.inputs import autocast_cast, compute_dtype
+from moc.ops.loss import chunked_cross_entropy, token_cross_entropy
 
 
 class KVCache:

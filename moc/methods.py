@@ -22,20 +22,20 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from moc.compact import n_words
 from moc.config import FfnShape, near_miss
-from moc.ffn_ops import backward_scratch_bytes
-from moc.int8 import Int8FFN, dense_int8_reference, moc_int8_ffn, moc_int8_reference
-from moc.layers import ActPruneFFN, DenseFFN, DenseGuFFN, MoCFFN, RecomputeFFN
+from moc.layers.dense import DenseFFN, DenseGuFFN, FusedFFN, LigerFFN, RecomputeFFN
+from moc.layers.fp8 import FP8_ROUNDOFF, Fp8FFN
+from moc.layers.int8 import Int8FFN, dense_int8_reference, moc_int8_ffn, moc_int8_reference
+from moc.layers.moc import ActPruneFFN, MoCFFN, TritonMoCFFN
+from moc.ops.compact import n_words
+from moc.ops.triton_ffn import backward_scratch_bytes
 from moc.reference import (
     FfnGrads,
     act_prune_forward_backward,
     dense_forward_backward,
     moc_forward_backward,
 )
-from moc.rivals import FP8_ROUNDOFF, Fp8FFN, FusedFFN, LigerFFN
 from moc.selection import Selection
-from moc.triton_layers import moc_ffn, moc_fp8_ffn
 
 ALL_DTYPES = frozenset({"fp64", "fp32", "fp16", "bf16"})
 ALL_DEVICES = frozenset({"cpu", "cuda"})
@@ -277,7 +277,7 @@ METHODS: dict[str, Method] = {
         ),
         Method(
             name="moc",
-            make=moc_ffn,
+            make=lambda shape, selection: TritonMoCFFN(shape, _required(selection)),
             is_dense=False,
             takes_selection=True,
             compile=True,
@@ -290,7 +290,7 @@ METHODS: dict[str, Method] = {
         ),
         Method(
             name="moc_fp8",
-            make=moc_fp8_ffn,
+            make=lambda shape, selection: TritonMoCFFN(shape, _required(selection), fp8=True),
             is_dense=False,
             takes_selection=True,
             compile=True,

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from moc.compact import keep_mask
 from moc.llama import Block, Llama
-from moc.ops import autocast_cast
+from moc.ops.compact import keep_mask
+from moc.ops.inputs import autocast_cast
 from moc.selection import Selection
 
 LARGEST_BATCH = 16

@@ -19,7 +19,7 @@ from harness.measure.gate_data import chunk_rows
 from harness.measure.timing import ContenderFailed, PairedTimes, TimingSettings
 from harness.points import Point
 from moc.config import FfnShape
-from moc.layers import FfnWeights
+from moc.layers.base import FfnWeights
 from moc.methods import Method, get_method
 from moc.reference import overflow_count
 from moc.selection import Selection, parse_selection

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from harness.measure.ffn import FfnTensors, normal
 from moc.config import LlamaConfig
-from moc.layers import DenseFFN
+from moc.layers.dense import DenseFFN
 from moc.llama import Llama
 
 # Products of the same input, whose weights lie side by side in memory so that one product can take all.

@@ -88,7 +88,7 @@ def attend_step_kernel(
 def attend_step_pass(
     qkv: Tensor, cos: Tensor, sin: Tensor, position: Tensor, keys: Tensor, values: Tensor, y: Tensor
 ) -> None:
-    """Launch it; arguments as `moc.attention_ops.attend_step`, y [B, heads, D] written."""
+    """Launch it; arguments as `moc.ops.attention.attend_step`, y [B, heads, D] written."""
     batch, heads, max_len, d = keys.shape
     with launching_on(qkv):
         attend_step_kernel[(batch * heads,)](

@@ -104,22 +104,22 @@ class _Launch:
 
 
 def _pass(variant: Variant, capability: int) -> _Launch:
-    """A pass between the GEMMs, as `moc.kernels.between` launches it."""
-    from moc.kernels import between
+    """A pass between the GEMMs, as `moc.kernels.passes` launches it."""
+    from moc.kernels import passes
     from moc.selection import parse_selection
 
     narrow = variant.dtype != "fp32"
     packed = narrow and capability >= 90
     few, sparse = variant.kind == "select_few", variant.kind.endswith("_sparse")
     if variant.kind.startswith("select"):
-        kernel, rule = between.select_fwd_kernel, parse_selection(variant.rule)
-        tiling = between.select_tiling(variant.d_ffn, rule, packed, few)
-        constants = between.select_constants(
+        kernel, rule = passes.select_fwd_kernel, parse_selection(variant.rule)
+        tiling = passes.select_tiling(variant.d_ffn, rule, packed, few)
+        constants = passes.select_constants(
             variant.d_ffn, rule, 2 if narrow else 4, packed, 8, not few, variant.fp8, tiling, sparse
         )
     else:
-        kernel, tiling = between.expand_bwd_kernel, between.EXPAND_TILING
-        constants = between.expand_constants(variant.d_ffn, variant.d_ffn, 8, variant.fp8, tiling, sparse)
+        kernel, tiling = passes.expand_bwd_kernel, passes.EXPAND_TILING
+        constants = passes.expand_constants(variant.d_ffn, variant.d_ffn, 8, variant.fp8, tiling, sparse)
     types = dict.fromkeys(kernel.arg_names, "i32") | {"quantile": "fp32"}
     types |= {name: f"*{variant.dtype}" for name in types if name.endswith("_ptr")}
     types |= {"bitmask_ptr": "*i32", "overflow_ptr": "*i64", "scales_ptr": "*fp32"}
@@ -152,8 +152,8 @@ def _attend(variant: Variant, _capability: int) -> _Launch:
 
 
 def _loss(variant: Variant, _capability: int) -> _Launch:
-    """The loss, as `moc.loss_kernel` launches it in training."""
-    from moc import loss_kernel
+    """The loss, as `moc.kernels.cross_entropy` launches it in training."""
+    from moc.kernels import cross_entropy as loss_kernel
 
     kernel = loss_kernel._cross_entropy_kernel
     types = dict.fromkeys(kernel.arg_names, "i32")

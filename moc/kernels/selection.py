@@ -1,4 +1,4 @@
-"""Which channels of a row are kept: device functions, used inside the select pass of `between.py`.
+"""Which channels of a row are kept: device functions, used inside the select pass of `passes.py`.
 
 Global rules (`topk`, `topk_abs`, `threshold`) look for the row's K-th largest score. The row is read once,
 stays in registers, and is only counted: how many scores are at least x, for some values of x. A bf16 or fp16

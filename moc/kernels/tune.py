@@ -7,8 +7,8 @@ timed. With the fastest ones a whole forward and backward is timed for several c
 alone and a compiled dense network. One line of JSON per measurement goes to OUT.jsonl, a table to the
 terminal.
 
-It decides: `select_tiling` and `EXPAND_TILING` of between.py; the chunk bytes of ffn_ops.py; and from the
-rows "gemms" what joining w_gate and w_up is worth.
+It decides: `select_tiling` and `EXPAND_TILING` of passes.py; the chunk bytes of moc/ops/triton_ffn.py; and
+from the rows "gemms" what joining w_gate and w_up is worth.
 
 A pass is timed over buffers several times the L2 cache, a step as the replay of a CUDA graph; both are
 medians of CUDA-event times of launches in a row.
@@ -34,14 +34,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moc import ffn_ops
-from moc.compact import n_words, unpack_bitmask
 from moc.config import FfnShape
-from moc.kernels import between
-from moc.kernels.between import EXPAND_TILING, Kept, Tiling, expand_pass, select_pass, select_tiling
+from moc.kernels import passes
+from moc.kernels.passes import EXPAND_TILING, Kept, Tiling, expand_pass, select_pass, select_tiling
+from moc.layers.moc import TritonMoCFFN
+from moc.ops import triton_ffn as ffn_ops
+from moc.ops.compact import n_words, unpack_bitmask
 from moc.reference import select_mask
 from moc.selection import parse_selection
-from moc.triton_layers import TritonMoCFFN
 
 SHAPES = {  # tokens, d, d_ffn
     "60m": (65536, 512, 1408),
@@ -158,7 +158,7 @@ def check(candidate: Candidate, n_tokens: int = 200) -> dict[str, Any]:
         dg, du = torch.autograd.grad(z, (gate, up), rows.dz.double() * mask)
         rows.launch()
         errors = [_error(rows.z, z), _error(rows.g, dg), _error(rows.u, du)]
-    kernel = between.select_fwd_kernel if candidate.kind == "select" else between.expand_bwd_kernel
+    kernel = passes.select_fwd_kernel if candidate.kind == "select" else passes.expand_bwd_kernel
     compiled = next(reversed(kernel.device_caches[torch.cuda.current_device()][0].values()))
     return {"error": max(errors), "registers": compiled.n_regs, "spills": compiled.n_spills}
 
@@ -254,8 +254,11 @@ def steps(name: str, rule: str, select: Tiling, expand: Tiling) -> Iterator[dict
         for parameter in layer.parameters():
             parameter.copy_(torch.randn(parameter.shape) / d**0.5)
     launch = step(layer, n_tokens, d)
-    passes = between.select_pass, between.expand_pass
-    tuned = functools.partial(passes[0], tiling=select), functools.partial(passes[1], tiling=expand)
+    originals = passes.select_pass, passes.expand_pass
+    tuned = (
+        functools.partial(originals[0], tiling=select),
+        functools.partial(originals[1], tiling=expand),
+    )
     nothing: tuple[Callable[..., None], ...] = (lambda *_: None,) * 2
     kept = ffn_ops.CHUNK_BYTES, ffn_ops.MIN_CHUNKS
     try:
@@ -263,7 +266,7 @@ def steps(name: str, rule: str, select: Tiling, expand: Tiling) -> Iterator[dict
             ffn_ops.CHUNK_BYTES, ffn_ops.MIN_CHUNKS = chunk << 20, 1
             row: dict[str, Any] = {"kind": "step", "shape": name, "rule": rule, "chunk_mb": chunk}
             for key, functions in (("step_ms", tuned), ("step_ms_gemms", nothing)):
-                between.select_pass, between.expand_pass = functions
+                passes.select_pass, passes.expand_pass = functions
                 if key == "step_ms":
                     torch.cuda.reset_peak_memory_stats()
                     before = torch.cuda.memory_allocated()
@@ -272,7 +275,7 @@ def steps(name: str, rule: str, select: Tiling, expand: Tiling) -> Iterator[dict
                 row[key] = milliseconds(graphed(launch), 12)
             yield row
     finally:
-        between.select_pass, between.expand_pass = passes
+        passes.select_pass, passes.expand_pass = originals
         ffn_ops.CHUNK_BYTES, ffn_ops.MIN_CHUNKS = kept
 
 

@@ -31,11 +31,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moc.ffn_ops import triton_moc_ffn
-from moc.int8 import dequantize_rows, quantize_rows
 from moc.kernels import decode
 from moc.kernels.decode_launch import DecodeTiling, Rows, decode_pass
 from moc.kernels.decode_layouts import layouts
+from moc.layers.int8 import dequantize_rows, quantize_rows
+from moc.ops.triton_ffn import triton_moc_ffn
 from moc.reference import dense_forward, moc_forward, select_mask
 from moc.selection import Selection, parse_selection
 

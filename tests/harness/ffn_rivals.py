@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from moc.config import FfnShape
-from moc.layers import DenseFFN, MoCFFN
+from moc.layers.dense import DenseFFN
+from moc.layers.moc import MoCFFN
 from moc.selection import Selection
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from moc.config import FfnShape
-from moc.layers import DenseFFN
+from moc.layers.dense import DenseFFN
 from moc.selection import Selection
 
 

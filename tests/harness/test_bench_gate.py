@@ -21,11 +21,11 @@ from harness.budget import BUDGET, PARTS, ROOT, Deviation, Facts, deviations, du
 
 # What is replaced in a copy, by a regular expression, and by what.
 MUTATIONS = {
-    "moc/layers.py": [
+    "moc/layers/dense.py": [
         # Both the exponential and the logarithm keep a tensor.
         (r"F\.silu\(F\.linear\(x, w_gate\)\) \*", "F.silu(F.linear(x, w_gate)).exp().log() *"),
     ],
-    "moc/kernels/between.py": [
+    "moc/kernels/passes.py": [
         (
             r"EXPAND_TILING = Tiling\(num_warps=\d+, rows=\d+,",
             "EXPAND_TILING = Tiling(num_warps=1, rows=128,",

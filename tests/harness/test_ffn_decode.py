@@ -11,7 +11,7 @@ from harness.measure import launch, roofline
 from harness.points import Point
 from harness.workloads import ffn_decode
 from moc.config import FfnShape
-from moc.int8 import quantize_rows
+from moc.layers.int8 import quantize_rows
 from moc.methods import METHODS
 
 D, D_FFN = 16, 48

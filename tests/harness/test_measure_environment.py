@@ -14,7 +14,8 @@ from harness.measure.environment import device_name, environment_record
 from harness.measure.ffn import FfnTensors, TrainingCalls, ffn_weights, natural_tensors
 from harness.measure.roofline import Ceilings
 from moc.config import FfnShape
-from moc.layers import DenseFFN, MoCFFN, RecomputeFFN
+from moc.layers.dense import DenseFFN, RecomputeFFN
+from moc.layers.moc import MoCFFN
 from moc.selection import parse_selection
 
 CPU = torch.device("cpu")

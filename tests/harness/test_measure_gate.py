@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from harness.measure import gate, gate_data
 from harness.measure.ffn import DTYPES, ffn_weights
 from moc.config import FfnShape
-from moc.layers import FfnWeights
+from moc.layers.base import FfnWeights
 from moc.methods import get_method
 from moc.reference import moc_forward_backward, select_mask
 from moc.selection import Selection, parse_selection

@@ -18,7 +18,7 @@ from harness.measure.launch import Contender
 from harness.measure.timing import PairedTimes, TimingSettings, open_sampler, time_paired
 from harness.workloads import ffn_decode, ffn_train
 from moc.config import FfnShape
-from moc.layers import DenseFFN
+from moc.layers.dense import DenseFFN
 from moc.methods import METHODS
 from moc.selection import parse_selection
 

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from harness.measure import memory
 from harness.measure.memory import PeakBytes, SavedBytes
 from moc.config import FfnShape
-from moc.layers import DenseFFN
+from moc.layers.dense import DenseFFN
 
 T, D, D_FFN = 48, 16, 40
 

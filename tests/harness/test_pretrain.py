@@ -23,7 +23,7 @@ from harness.metrics import METRICS
 from harness.points import Point
 from harness.training import evaluate
 from harness.workloads import pretrain
-from moc.layers import DenseFFN
+from moc.layers.dense import DenseFFN
 from moc.llama import Llama
 
 VOCAB = 300

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moc import METHODS, Llama, LlamaConfig
-from moc.attention_ops import attend_step
 from moc.decoding import GreedyDecoder
+from moc.ops.attention import attend_step
 
 # Keys, queries and the output are rounded, each by at most half of eps (a whole one in the interpreter).
 TOLERANCE = {dtype: 2 * torch.finfo(dtype).eps for dtype in (torch.float32, torch.bfloat16, torch.float16)}

@@ -5,7 +5,7 @@ from kernel_cases import printed_without_launching
 
 COUNT_VARIANTS = """
 import torch
-import moc.ffn_ops as ffn_ops
+import moc.ops.triton_ffn as ffn_ops
 from moc import cusparselt
 from moc.kernels import between, sparse24
 ffn_ops._is_sparse = lambda *_: True

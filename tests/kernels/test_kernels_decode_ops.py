@@ -9,11 +9,11 @@ from torch import Tensor
 
 from harness.measure import gate
 from moc import METHODS, FfnShape, parse_selection
-from moc.decode_ops import decode_path, decodes, int8_decode, moc_decode, most_tokens
-from moc.ffn_ops import triton_moc_ffn
-from moc.int8 import Int8FFN, dequantize_rows, quantize_rows
+from moc.layers.int8 import Int8FFN, dequantize_rows, quantize_rows
+from moc.layers.moc import TritonMoCFFN
+from moc.ops.decode import decode_path, decodes, int8_decode, moc_decode, most_tokens
+from moc.ops.triton_ffn import triton_moc_ffn
 from moc.reference import dense_forward, moc_forward
-from moc.triton_layers import TritonMoCFFN
 
 SHAPE = FfnShape(40, 150)
 RULES = ["nm:2:8", "topk:0.25"]

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from moc import FfnShape, parse_selection
-from moc.triton_layers import TritonMoCFFN
+from moc.layers.moc import TritonMoCFFN
 
 WORLD = 2
 

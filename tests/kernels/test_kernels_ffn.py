@@ -11,10 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from harness.measure import memory
 from moc import METHODS, FfnShape, Llama, LlamaConfig, MoCFFN, parse_selection
-from moc.compact import n_words, unpack_bitmask
-from moc.ffn_ops import CHUNK_BYTES, chunks_of, triton_moc_ffn
+from moc.layers.moc import TritonMoCFFN, moc_ffn, moc_fp8_ffn
+from moc.ops.compact import n_words, unpack_bitmask
+from moc.ops.triton_ffn import CHUNK_BYTES, chunks_of, triton_moc_ffn
 from moc.reference import FfnGrads, moc_forward_backward, select_mask
-from moc.triton_layers import TritonMoCFFN, moc_ffn, moc_fp8_ffn
 
 RULES = ["topk:0.1875", "topk_abs:0.25", "nm:2:8", "nm:12:64", "threshold:0.1:0.25"]
 
@@ -63,9 +63,9 @@ def test_several_chunks_give_what_one_gives(device: str, monkeypatch: pytest.Mon
     layer = make(8, 75, "topk:0.2", torch.float32, device)
     x, dy = tokens(11, 8, torch.float32, device)
     whole = run(layer, x, dy)
-    monkeypatch.setattr("moc.ffn_ops.CHUNK_MULTIPLE", 1)
-    monkeypatch.setattr("moc.ffn_ops.LONG_BATCH", 10)
-    monkeypatch.setattr("moc.ffn_ops.CHUNK_BYTES", 4 * 128 * 4)
+    monkeypatch.setattr("moc.ops.triton_ffn.CHUNK_MULTIPLE", 1)
+    monkeypatch.setattr("moc.ops.triton_ffn.LONG_BATCH", 10)
+    monkeypatch.setattr("moc.ops.triton_ffn.CHUNK_BYTES", 4 * 128 * 4)
     assert len(chunks_of(11, 128 * 4)) == 3
     assert_same(run(layer, x, dy), whole, 1e-6)
 

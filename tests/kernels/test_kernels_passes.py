@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from kernel_cases import DTYPES, poisoned, rows
 from torch import Tensor
 
-from moc.compact import unpack_bitmask
 from moc.kernels.banks import BISECT, EXTRACT, RANK, way
-from moc.kernels.between import EXPAND_TILING, Kept, Tiling, expand_pass, select_pass, select_tiling
+from moc.kernels.passes import EXPAND_TILING, Kept, Tiling, expand_pass, select_pass, select_tiling
+from moc.ops.compact import unpack_bitmask
 from moc.reference import overflow_count, select_mask
 from moc.selection import Selection, parse_selection
 
@@ -161,7 +161,7 @@ def test_nan_is_kept_and_nothing_is_written_beyond_a_row(rule: str, dtype: str, 
 @pytest.mark.parametrize("method", [RANK, EXTRACT, BISECT], ids=["rank", "extract", "bisect"])
 def test_every_way_through_a_bank(method: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The three ways to rank a bank agree with the reference where all of them apply."""
-    monkeypatch.setattr("moc.kernels.between.way", lambda *_: method)
+    monkeypatch.setattr("moc.kernels.passes.way", lambda *_: method)
     for rule in ("nm:3:32", "nm:4:64"):
         assert_selected(*rows(2, 200, torch.bfloat16, device), parse_selection(rule))
 

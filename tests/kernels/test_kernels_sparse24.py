@@ -7,10 +7,10 @@ import torch
 from kernel_cases import DTYPES, TOLERANCE, assert_same, make, poisoned, rows, run, tokens, weights
 from torch import Tensor
 
-from moc import cusparselt
-from moc.compact import pack_bitmask
-from moc.kernels.between import Kept, expand_pass, select_pass
+from moc.kernels.passes import Kept, expand_pass, select_pass
 from moc.kernels.sparse24 import Sparse24, compressed_bytes, metadata_pass
+from moc.ops import cusparselt
+from moc.ops.compact import pack_bitmask
 from moc.reference import moc_forward_backward
 from moc.selection import parse_selection
 
@@ -142,10 +142,10 @@ def test_the_operator_with_sparse_products(
         else:  # what the library would do
             torch.mm(decompressed(sparse).to(right), right, out=out)
 
-    monkeypatch.setattr("moc.cusparselt.sparse_mm", product)
-    monkeypatch.setattr("moc.ffn_ops._is_sparse", lambda *_: True)
-    monkeypatch.setattr("moc.ffn_ops.LONG_BATCH", 60)
-    monkeypatch.setattr("moc.ffn_ops.CHUNK_MULTIPLE", 64)
+    monkeypatch.setattr("moc.ops.cusparselt.sparse_mm", product)
+    monkeypatch.setattr("moc.ops.triton_ffn._is_sparse", lambda *_: True)
+    monkeypatch.setattr("moc.ops.triton_ffn.LONG_BATCH", 60)
+    monkeypatch.setattr("moc.ops.triton_ffn.CHUNK_MULTIPLE", 64)
     layer = make(32, 128, "nm:2:8", DTYPES[dtype], device, fp8)
     x, dy = tokens(69, 32, DTYPES[dtype], device)
     actual = run(layer, x, dy)

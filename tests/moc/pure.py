@@ -2,8 +2,8 @@
 Triton's are tested in tests/kernels, interpreted where there is no GPU."""
 
 from moc import METHODS, FfnShape, parse_selection
-from moc.int8 import Int8FFN
-from moc.triton_layers import TritonMoCFFN
+from moc.layers.int8 import Int8FFN
+from moc.layers.moc import TritonMoCFFN
 
 _RULE = parse_selection("topk:0.25")
 

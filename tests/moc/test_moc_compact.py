@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moc import Selection, parse_selection
-from moc.compact import (
+from moc.ops.compact import (
     Expander,
     gather_compact,
     keep_mask,

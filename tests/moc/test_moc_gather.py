@@ -5,10 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moc import FfnShape, MoCFFN, ops, parse_selection
-from moc import gather as gather_module
-from moc.compact import keep_mask
-from moc.gather import kept_rows_output
+from moc import FfnShape, MoCFFN, parse_selection
+from moc.ops import gather as gather_module
+from moc.ops import torch_ffn as ops
+from moc.ops.compact import keep_mask
+from moc.ops.gather import kept_rows_output
 from moc.reference import moc_forward, select_mask
 
 D, D_FFN = 48, 320

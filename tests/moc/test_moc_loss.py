@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import moc.loss
+import moc.ops.loss
 from moc import chunked_cross_entropy, token_cross_entropy
 
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """Chunks of 16 tokens, so that small inputs span several and the last one is short."""
-    monkeypatch.setattr(moc.loss, "CHUNK_TOKENS", 16)
+    monkeypatch.setattr(moc.ops.loss, "CHUNK_TOKENS", 16)
     return 16
 
 
@@ -142,7 +142,7 @@ def test_compiles_without_a_graph_break(small_chunks: int) -> None:
 
 INTERPRETED = """
 import torch, torch.nn.functional as F
-from moc.loss_kernel import cross_entropy_in_place
+from moc.kernels.cross_entropy import cross_entropy_in_place
 torch.manual_seed(0)
 for vocabulary, dtype in ((5003, torch.float32), (50, torch.float32), (4097, torch.float16)):
     logits = (4 * torch.randn(9, vocabulary + 3)).to(dtype)[:, :vocabulary]

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from moc import FfnShape, get_method
-from moc.layers import DenseFFN
+from moc.layers.dense import DenseFFN, FusedFFN
+from moc.layers.fp8 import FP8_MAX, Fp8FFN, to_fp8
 from moc.reference import dense_forward_backward
-from moc.rivals import FP8_MAX, Fp8FFN, FusedFFN, to_fp8
 
 SHAPE = FfnShape(16, 48)
 

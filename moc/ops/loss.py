@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moc.ops import autocast_cast
+from moc.ops.inputs import autocast_cast
 
 CHUNK_TOKENS = 2048  # at a vocabulary of 32000: 262 MB of float32 logits
 _TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -76,7 +76,7 @@ def _nats_of_chunk(hidden: Tensor, weight: Tensor, targets: Tensor, gradient: bo
     logits = hidden @ weight.T
     if logits.is_cuda and logits.dtype in _TRITON_DTYPES:
         # imported here because Triton is there on Linux only, and nothing else in this module needs it
-        from moc.loss_kernel import cross_entropy_in_place
+        from moc.kernels.cross_entropy import cross_entropy_in_place
 
         return cross_entropy_in_place(logits, targets, IGNORE_INDEX, gradient), logits
     log_p = F.log_softmax(logits, dim=-1, dtype=_softmax_dtype(hidden.dtype))

@@ -10,7 +10,7 @@ place of dz. Shorter chunks, which would leave [g u] in the L2 cache for the pas
 they save the passes (docs/measured.md, 2026-11-26).
 
 If a rule keeps at most two of any four neighbouring channels (`nm:2:8`), z and [dg du] are 2:4 sparse: where
-that pays, y and dx are products on sparse tensor cores (`moc.cusparselt`), 1.4 times as fast, of what the
+that pays, y and dx are products on sparse tensor cores (`moc.ops.cusparselt`), 1.4 times as fast, of what the
 passes write in that form (`moc.kernels.sparse24`). The weight gradients sum over tokens, where nothing is
 sparse.
 
@@ -20,7 +20,7 @@ in 2 bytes and two float32 scales.
 Weights of a wider dtype than x, as under autocast, are cast in forward and once more in backward: that moves
 18 d d_ffn bytes, and keeps none of the 6 d d_ffn per layer that casts would take until backward.
 
-The weights are three tensors. If w_gate and w_up lie side by side in memory (`moc.triton_layers` arranges it)
+The weights are three tensors. If w_gate and w_up lie side by side in memory (`moc.layers.moc` arranges it)
 one GEMM takes both. Else forward takes two GEMMs, which moves no byte more, and backward joins them once per
 call (8 d d_ffn bytes at 16 bits). dw_gate and dw_up are views of one tensor. Weight gradients are summed over
 the chunks in their own dtype: at most MAX_CHUNKS - 1 roundings more than in one GEMM, in bf16 0.1 %
@@ -36,13 +36,13 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from moc.compact import n_words
 from moc.config import FfnShape
-from moc.ops import autocast_cast, check_ffn_inputs, side_by_side
+from moc.ops.compact import n_words
+from moc.ops.inputs import autocast_cast, check_ffn_inputs, side_by_side
 from moc.selection import Selection, parse_selection
 
 if TYPE_CHECKING:
-    from moc.kernels.between import Kept
+    from moc.kernels.passes import Kept
     from moc.kernels.sparse24 import Sparse24
 
 CHUNK_BYTES = 192 << 20  # of one [tokens, d_ffn]
@@ -108,7 +108,7 @@ def _is_sparse(x: Tensor, w_down: Tensor, n_tokens: int) -> bool:
     d_ffn, d = w_down.shape
     if not (x.is_cuda and _may_be_sparse(FfnShape(d, d_ffn), n_tokens, x.element_size())):
         return False
-    from moc import cusparselt
+    from moc.ops import cusparselt
 
     return w_down.is_contiguous() and w_down.data_ptr() % 16 == 0 and cusparselt.usable(x.device)
 
@@ -142,9 +142,9 @@ def _forward(
     x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, selection: str, fp8: bool, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(y like x, pairs [T, K, 2], scales [T, 2], bitmask [T, words], overflow); what is not kept is empty."""
-    from moc.cusparselt import sparse_mm  # Triton is loaded when it is first needed
-    from moc.kernels.between import select_pass
+    from moc.kernels.passes import select_pass
     from moc.kernels.sparse24 import metadata_pass
+    from moc.ops.cusparselt import sparse_mm
 
     rule, d_ffn = parse_selection(selection), w_gate.shape[0]
     y, pairs, scales, bitmask, overflow = _empty_outputs(x, w_gate, rule, fp8, keep)
@@ -229,7 +229,7 @@ def _empty_outputs(
 
 
 def _kept(pairs: Tensor, scales: Tensor, bitmask: Tensor) -> Kept:
-    from moc.kernels.between import Kept
+    from moc.kernels.passes import Kept
 
     return Kept(pairs, bitmask, scales if scales.shape[1] else None)
 
@@ -247,9 +247,9 @@ def _backward(
     two_of_four: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx like x, dw_gate and dw_up in one [2, padded d_ffn, d], dw_down [d_ffn, d])."""
-    from moc.cusparselt import sparse_mm
-    from moc.kernels.between import expand_pass
+    from moc.kernels.passes import expand_pass
     from moc.kernels.sparse24 import metadata_pass
+    from moc.ops.cusparselt import sparse_mm
 
     d_ffn, d = w_gate.shape
     dx, dw_gu, dw_down = _empty_gradients(x, w_gate)

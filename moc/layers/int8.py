@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moc.config import FfnShape
-from moc.decode_ops import int8_decode
-from moc.layers import FfnWeights
+from moc.layers.base import FfnWeights
+from moc.ops.decode import int8_decode
 from moc.reference import FfnGrads, dense_forward_backward, moc_forward_backward
 from moc.selection import Selection
 
@@ -101,7 +101,7 @@ class Int8FFN(FfnWeights):
         return self._with_wide_weights(x)
 
     def _with_wide_weights(self, x: Tensor) -> Tensor:
-        from moc.ffn_ops import triton_moc_ffn
+        from moc.ops.triton_ffn import triton_moc_ffn
 
         assert self._rows is not None
         assert self._scales is not None

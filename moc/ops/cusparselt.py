@@ -19,8 +19,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moc.compact import pack_bitmask
 from moc.kernels.sparse24 import TILE_COLUMNS, TILE_ROWS, Sparse24, compressed_bytes, metadata_pass
+from moc.ops.compact import pack_bitmask
 
 _DATA_TYPES = {torch.bfloat16: 14, torch.float16: 2}  # cudaDataType
 _ROW_MAJOR, _PLAIN, _COMPUTE_FLOAT, _HALF, _DEFAULT, _CONFIG_ID = 2, 0, 2, 0, 0, 0

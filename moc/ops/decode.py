@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moc.ops import autocast_cast, check_ffn_inputs, compute_dtype
+from moc.ops.inputs import autocast_cast, check_ffn_inputs, compute_dtype
 from moc.selection import Selection, parse_selection
 
 DECODE_DTYPES = (torch.bfloat16, torch.float16)
