@@ -66,10 +66,10 @@ test-gpu: $(READY) ## run only the tests that need a GPU: kernels side by side, 
 	$(PY) -m pytest -m gpu --ignore=tests/kernels --ignore=tests/moc $(ARGS)
 
 bench-check: $(READY) ## is everything that can be known without a GPU as budget.json says? exit code 3 if not
-	$(PY) -m harness.budget $(ARGS)
+	$(PY) -m harness.regression.budget $(ARGS)
 
 bench-update: $(READY) ## accept what is: write budget.json; its diff says what changed
-	$(PY) -m harness.budget --update $(ARGS)
+	$(PY) -m harness.regression.budget --update $(ARGS)
 
 bench: $(READY) ## time the benchmarks and keep them in .benchmarks; `mocbench history` draws them
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests/benchmarks/bench_all.py -p no:xdist --benchmark-only \

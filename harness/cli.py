@@ -289,8 +289,8 @@ def compare(
     ),
 ) -> None:
     """Say of each benchmark or point whether HEAD became slower than BASE; exit code 3 if one did."""
-    from harness.compare import compare as compare_sides
-    from harness.compare import parse_injections
+    from harness.regression.compare.compare import compare as compare_sides
+    from harness.regression.compare.compare import parse_injections
 
     injections = parse_injections(inject or [])
     code = compare_sides(
@@ -315,7 +315,7 @@ def history(
     ),
 ) -> None:
     """Draw every benchmark over the runs of `make bench` and say where it changed for good."""
-    from harness.history import write_history
+    from harness.regression.history import write_history
 
     for line in write_history(storage, output):
         _say(line)

@@ -1,4 +1,5 @@
-"""`make bench`: every benchmark of `harness.benchmarks`, timed by itself and kept by pytest-benchmark.
+"""`make bench`: every benchmark of `harness.regression.benchmarks`, timed by itself and kept by
+pytest-benchmark.
 
 The name of this file keeps it out of `make test`.
 
@@ -12,10 +13,10 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from harness.benchmarks import benchmarks
 from harness.measure.clocks import ClockReader
 from harness.measure.launch import load_libraries
 from harness.measure.timing import open_sampler
+from harness.regression.benchmarks import benchmarks
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BENCHMARKS = benchmarks(DEVICE.type)

@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
-from harness.compare_stored import RECORD
 from harness.measure.environment import environment_record
+from harness.regression.compare.stored import RECORD
 
 
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:

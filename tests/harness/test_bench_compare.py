@@ -15,9 +15,9 @@ from typing import Any, cast
 import pytest
 
 import moc
-from harness.compare import compare, parse_injections
-from harness.compare_code import Child, Pair
-from harness.compare_sides import checked_out, find_side, find_sides
+from harness.regression.compare.checkouts import Child, Pair
+from harness.regression.compare.compare import compare, parse_injections
+from harness.regression.compare.sides import checked_out, find_side, find_sides
 from harness.spec import SpecError
 
 MOC = str(Path(moc.__file__).parent)  # the referee needs its configuration
@@ -164,7 +164,7 @@ def test_a_revision_against_itself(repository: Path, tmp_path: Path, monkeypatch
 def test_what_cannot_be_run(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A revision from before the benchmarks is refused in one line, and its checkout is removed."""
     monkeypatch.chdir(repository)
-    with pytest.raises(SpecError, match=r"^cannot compare: base: .*no harness/benchmarks.py"):
+    with pytest.raises(SpecError, match=r"^cannot compare: base: .*no harness/regression/benchmarks.py"):
         run("ancient", "old", tmp_path)
     assert worktrees(repository) == 1
     assert not list(tmp_path.iterdir())

@@ -10,13 +10,13 @@ import pytest
 import torch
 import yaml
 
-from harness.benchmarks import benchmarks
-from harness.budget import ROOT
 from harness.cli import app
-from harness.compare_sides import find_side
-from harness.compare_stored import compare_stored
-from harness.history import read_runs
 from harness.measure.timing import MODES
+from harness.regression.benchmarks import benchmarks
+from harness.regression.budget.check import ROOT
+from harness.regression.compare.sides import find_side
+from harness.regression.compare.stored import compare_stored
+from harness.regression.history import read_runs
 
 CPU = torch.device("cpu")
 # Few rounds: what is kept is looked at, not how long it took.

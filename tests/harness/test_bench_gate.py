@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from harness import budget
-from harness.budget import BUDGET, PARTS, ROOT, Deviation, Facts, deviations, dump, main
+from harness.regression.budget import check as budget
+from harness.regression.budget.check import BUDGET, PARTS, ROOT, Deviation, Facts, deviations, dump, main
 
 # What is replaced in a copy, by a regular expression, and by what.
 MUTATIONS = {
@@ -37,18 +37,18 @@ MUTATIONS = {
 SECTION = f"kernels triton {importlib.metadata.version('triton').partition('+')[0]}"
 COLLECT = {
     "methods": """
-from harness import budget_methods as part
+from harness.regression.budget import methods as part
 part.METHODS = {name: part.METHODS[name] for name in ("dense", "dense_gu")}
 print(part.json.dumps(part.collect()))
 """,
     "variants": """
-from harness import budget_variants as part
+from harness.regression.budget import variants as part
 part.METHODS = {"moc": part.METHODS["moc"]}
 print(part.json.dumps(part.collect()))
 """,
     "kernels": """
 import json
-from moc.kernels.budget import VARIANTS, measure
+from harness.regression.budget.kernels import VARIANTS, measure
 variant = next(variant for variant in VARIANTS if variant.kind == "expand")
 facts = {f"{variant.name(90)}: {what}": value for what, value in measure(variant, 90).items()}
 print(json.dumps({"SECTION": facts}))

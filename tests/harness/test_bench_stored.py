@@ -11,9 +11,9 @@ import pytest
 from rows import rows_of, train_point
 
 from harness.cli import main
-from harness.compare_sides import find_side, refuse_other_machine
-from harness.compare_stored import compare_stored
-from harness.history import levels, read_runs, write_history
+from harness.regression.compare.sides import find_side, refuse_other_machine
+from harness.regression.compare.stored import compare_stored
+from harness.regression.history import levels, read_runs, write_history
 from harness.spec import SpecError
 from harness.store import Store
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.compare_stored import compare_samples
-from harness.compare_verdict import RULES, Change, Rule, final, judge, unpaired_speedup
 from harness.measure.stats import paired_ratio
+from harness.regression.compare.stored import compare_samples
+from harness.regression.compare.verdict import RULES, Change, Rule, final, judge, unpaired_speedup
 
 GPU = RULES["cuda"]
 

@@ -104,7 +104,7 @@ def largest_allocation(function: object) -> int:
 
 def test_logits_never_stand_whole() -> None:
     """In forward and backward no allocation is larger than one chunk's logits; the plain loss's are."""
-    tokens, vocabulary = 4 * moc.loss.CHUNK_TOKENS, 96
+    tokens, vocabulary = 4 * moc.ops.loss.CHUNK_TOKENS, 96
     hidden = torch.randn(tokens, 4, requires_grad=True)
     weight = torch.randn(vocabulary, 4, requires_grad=True)
     targets = torch.randint(0, vocabulary, (tokens,))

@@ -1,7 +1,5 @@
 """What the kernels compile to, found without a GPU.
 
-    python -m moc.kernels.budget    the table
-
 For sm_80 and sm_90 each kernel at its tuned shapes is compiled as a launch would, and the machine code is
 read with the tools that come with Triton: registers per thread, bytes of spilled registers per thread, bytes
 of shared memory, instructions, tensor-core instructions. What they should be is in the budget.json of the
@@ -10,7 +8,10 @@ repository, by version of Triton: `make bench-check` compares, `make bench-updat
 
 from __future__ import annotations
 
-import os
+import importlib
+import importlib.metadata
+import json
+import pkgutil
 import re
 import subprocess
 import tempfile
@@ -19,6 +20,8 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from harness.regression.budget.check import Facts
 
 
 @dataclass(frozen=True)
@@ -254,14 +257,36 @@ def measure_all(processes: int = 2) -> dict[str, dict[str, int]]:
         return {variant.name(capability): row for (variant, capability), row in zip(WORK, rows, strict=True)}
 
 
-def main() -> None:
-    """Print the table."""
-    os.environ["TRITON_INTERPRET"] = "0"  # the kernels are loaded after this, in processes of their own
-    columns = ("registers", "spill_bytes", "shared_bytes", "instructions", "tensor_core_instructions")
-    print(f"{'kernel':44}" + "".join(f" {name:>12.12}" for name in columns))
-    for name, row in measure_all().items():
-        print(f"{name:44}" + "".join(f" {row[column]:12}" for column in columns))
+def collect() -> Facts:
+    """Registers, spills, shared bytes, instructions and tensor-core instructions; kernels left out."""
+    version = importlib.metadata.version("triton").partition("+")[0]
+    rows = measure_all()
+    facts: Facts = {
+        f"kernels triton {version}": {
+            f"{name}: {quantity}": value for name, row in rows.items() for quantity, value in row.items()
+        }
+    }
+    missing = sorted(_kernels() - compiled_kernels())
+    facts["kernels"] = {"not compiled by the gate": " ".join(missing)}
+    return facts
+
+
+def _kernels() -> set[str]:
+    """Names of everything in `moc` that can be launched; helpers that kernels call are not."""
+    import triton
+
+    import moc
+
+    found = set()
+    for info in pkgutil.walk_packages(moc.__path__, "moc."):
+        module = importlib.import_module(info.name)
+        found |= {
+            name
+            for name, value in vars(module).items()
+            if isinstance(value, triton.JITFunction) and name.endswith("kernel")
+        }
+    return found
 
 
 if __name__ == "__main__":
-    main()
+    print(json.dumps(collect()))

@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 from matplotlib.lines import Line2D
 
-from harness.compare_stored import RECORD
-from harness.compare_verdict import RULES
 from harness.measure.stats import median
 from harness.plot_style import Board
+from harness.regression.compare.stored import RECORD
+from harness.regression.compare.verdict import RULES
 from harness.spec import SpecError
 
 MIN_LEVEL = 2  # runs

@@ -13,10 +13,10 @@ from typing import Any
 
 from matplotlib.lines import Line2D
 
-from harness.compare_code import Outcome
-from harness.compare_verdict import RULES
 from harness.measure.stats import Verdict
 from harness.plot_style import Board
+from harness.regression.compare.checkouts import Outcome
+from harness.regression.compare.verdict import RULES
 
 EXIT_FAILED, EXIT_SLOW = 1, 3
 VERDICTS: tuple[Verdict, ...] = ("SAME", "FAST", "SLOW", "AMBG")

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 
 import torch
 
-from harness.budget import Fact, Facts
 from harness.measure import memory, roofline
 from harness.measure.ffn import DTYPES, ffn_weights, natural_tensors
+from harness.regression.budget.check import Fact, Facts
 from moc.config import FfnShape, get_preset
 from moc.methods import METHODS, Method
 from moc.reference import dense_forward_backward

@@ -24,8 +24,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 import moc
-from harness.budget import Fact, Facts
 from harness.measure.ffn import DTYPES, natural_tensors
+from harness.regression.budget.check import Fact, Facts
 from moc.config import FfnShape
 from moc.methods import METHODS, Method
 from moc.selection import parse_selection

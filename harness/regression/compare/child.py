@@ -1,6 +1,6 @@
 """One side of a comparison: a process that keeps the benchmarks of a checkout ready and times them when told.
 
-    python -m harness.compare_child CHECKOUT DEVICE
+    python -m harness.regression.compare.child CHECKOUT DEVICE
 
 A line of JSON on standard input is a request, a line on standard output the answer. `moc` and the definitions
 of the benchmarks are the checkout's; everything else of `harness` is the judge's own, on both sides, so that
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
     from harness.measure.launch import Sampler
 
-DEFINITIONS = "harness/benchmarks.py"
+# Where a checkout defines its benchmarks: today, and before the modules moved into folders.
+DEFINITIONS = ("harness/regression/benchmarks.py", "harness/benchmarks.py")
 # A block of samples is what alternates. On a GPU it is long enough for the other process's turn, and the
 # switch between the two, not to matter; its median goes on.
 _BLOCK_MS = 4.0
@@ -65,9 +66,9 @@ class _Side:
     """The benchmarks of a checkout, those that are open with their samplers."""
 
     def __init__(self, root: Path, device: str) -> None:
-        path = root / DEFINITIONS
-        if not path.exists():
-            raise ImportError(f"it has no {DEFINITIONS}, so it is older than these benchmarks")
+        path = next((root / place for place in DEFINITIONS if (root / place).exists()), None)
+        if path is None:
+            raise ImportError(f"it has no {DEFINITIONS[0]}, so it is older than these benchmarks")
         _check_origin(importlib.import_module("moc"), root)
         import torch
 
@@ -156,7 +157,7 @@ def _check_origin(module: ModuleType, root: Path) -> None:
 
 
 def _load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("harness.benchmarks", path)
+    spec = importlib.util.spec_from_file_location("harness.regression.benchmarks", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -1,7 +1,7 @@
 """`mocbench compare BASE HEAD`: did the code become slower?
 
-Code (revisions, checkouts) is run side by side, see `harness.compare_code`; what is on disk is compared as it
-is, see `harness.compare_stored`. Verdicts: `harness.compare_verdict`.
+Code (revisions, checkouts) is run side by side, see `harness.regression.compare.checkouts`; what is on disk
+is compared as it is, see `harness.regression.compare.stored`. Verdicts: `harness.regression.compare.verdict`.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from harness.compare_code import compare_checkouts
-from harness.compare_report import Comparison, write
-from harness.compare_sides import checked_out, find_sides
-from harness.compare_stored import compare_stored
+from harness.regression.compare.checkouts import compare_checkouts
+from harness.regression.compare.sides import checked_out, find_sides
+from harness.regression.compare.stored import compare_stored
+from harness.regression.compare.summary import Comparison, write
 from harness.spec import SpecError
 
 

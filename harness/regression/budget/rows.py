@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.budget import Facts
 from harness.job import Job, MeasureSettings
 from harness.measure import launch, roofline
 from harness.metrics import PRIMARY_METRIC
 from harness.plan import GROUPED_WORKLOADS
 from harness.points import Point
+from harness.regression.budget.check import Facts
 from harness.trial import run_job
 
 _FFN: dict[str, Any] = {"d_model": 16, "d_ffn": 48, "n_layers": 1, "dtype": "fp32", "seed": 0, "preset": None}

@@ -1,13 +1,13 @@
 """What can be known exactly without a GPU, and whether it is what budget.json says.
 
-    python -m harness.budget             every deviation from budget.json, one a line; exit code 3 if any
-    python -m harness.budget --update    write what is found to budget.json
-    python -m harness.budget methods     one part of it alone, or several
+    python -m harness.regression.budget             every deviation from budget.json, one a line; exit code 3
+    if any python -m harness.regression.budget --update    write what is found to budget.json python -m
+    harness.regression.budget methods     one part of it alone, or several
 
-Nothing here is a time. A part is a module `harness.budget_PART` whose `collect` gives facts by section; each
-runs in a process of its own that sees no GPU, so that the facts are the same on every machine. A section
-whose name ends in a version (of Triton, of Python) holds only there; those of other versions stay as they
-are.
+Nothing here is a time. A part is a module `harness.regression.budget.PART` whose `collect` gives facts by
+section; each runs in a process of its own that sees no GPU, so that the facts are the same on every machine.
+A section whose name ends in a version (of Triton, of Python) holds only there; those of other versions stay
+as they are.
 
 The file has one fact a line in a fixed order, so the diff of an update says what changed.
 """
@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 BUDGET = ROOT / "budget.json"
 UPDATE = "make bench-update"
 EXIT_DEVIATES = 3
@@ -90,7 +90,7 @@ def _collect_part(part: str, root: Path) -> Facts:
         # Before anything else: another copy of the code may be installed.
         "PYTHONPATH": os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH")))),
     }
-    command = [sys.executable, "-m", f"harness.budget_{part}"]
+    command = [sys.executable, "-m", f"harness.regression.budget.{part}"]
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
@@ -157,7 +157,8 @@ def check(parts: Sequence[str], update: bool) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check or update; 3 if something deviates."""
     parser = argparse.ArgumentParser(
-        prog="python -m harness.budget", description=__doc__.partition("\n")[0] if __doc__ else None
+        prog="python -m harness.regression.budget",
+        description=__doc__.partition("\n")[0] if __doc__ else None,
     )
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; default: all")
     parser.add_argument("--update", action="store_true", help=f"write {BUDGET.name}")
@@ -166,7 +167,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if wrong:
         parser.error(f"{wrong[0]} is not a part; valid: {', '.join(PARTS)}")
     return check(options.parts or list(PARTS), options.update)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -16,11 +16,11 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from harness.compare_code import Outcome
-from harness.compare_sides import Side, refuse_other_machine
-from harness.compare_verdict import RULES, Change, Rule, judge, unpaired_speedup
 from harness.measure.stats import MIN_SAMPLES, Verdict, median
 from harness.metrics import METRICS
+from harness.regression.compare.checkouts import Outcome
+from harness.regression.compare.sides import Side, refuse_other_machine
+from harness.regression.compare.verdict import RULES, Change, Rule, judge, unpaired_speedup
 from harness.rows import MEASURED
 from harness.spec import SpecError
 from harness.store import read_rows, read_samples

@@ -1,6 +1,6 @@
 """Which variant of each pass is fastest on this GPU, and how long the chunks should be.
 
-    python -m moc.kernels.tune OUT.jsonl [--shapes 1b,130m] [--seconds 240]
+    python -m harness.tuning.passes OUT.jsonl [--shapes 1b,130m] [--seconds 240]
 
 Every candidate is compiled and checked against the reference in parallel processes; those that are right are
 timed. With the fastest ones a whole forward and backward is timed for several chunk lengths, beside its GEMMs

@@ -19,14 +19,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from harness.compare_verdict import RULES, Change, final, judge
 from harness.measure.clocks import Conditions
 from harness.measure.stats import Verdict, median, paired_ratio
 from harness.measure.timing import PairedTimes, TimingSettings, run_rounds
+from harness.regression.compare.verdict import RULES, Change, final, judge
 from harness.spec import SpecError
 from moc.config import near_miss
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 # The longest that one look at one benchmark may take. On a GPU it mostly takes a fraction of a second.
 MAX_SECONDS = {"cuda": 2.0, "cpu": 12.0}
 MIN_ROUNDS = 12
@@ -66,7 +66,7 @@ class ChildFailed(RuntimeError):
 
 
 class Child:
-    """The process of one side; see `harness.compare_child`."""
+    """The process of one side; see `harness.regression.compare.child`."""
 
     def __init__(self, side: str, checkout: Path, device: str, log: Path) -> None:
         self.side = side
@@ -74,7 +74,7 @@ class Child:
         one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} if device == "cpu" else {}
         with log.open("wb") as stream:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "harness.compare_child", str(checkout), device],
+                [sys.executable, "-m", "harness.regression.compare.child", str(checkout), device],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stream,

@@ -1,6 +1,6 @@
 """Which layout of the decoding kernels is fastest on this GPU, and up to how many tokens they win.
 
-    python -m moc.kernels.tune_decode OUT.jsonl [--shapes 1b,7b,70b] [--tokens 1,4,16] [--seconds 120]
+    python -m harness.tuning.decode OUT.jsonl [--shapes 1b,7b,70b] [--tokens 1,4,16] [--seconds 120]
 
 Every candidate is compiled and checked against the reference in parallel processes; those that are right are
 timed, then the changes to today's layout that helped alone are tried together. Weights rotate: one CUDA graph
@@ -31,9 +31,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from harness.tuning.layouts import layouts
 from moc.kernels import decode
 from moc.kernels.decode_launch import DecodeTiling, Rows, decode_pass
-from moc.kernels.decode_layouts import layouts
 from moc.layers.int8 import dequantize_rows, quantize_rows
 from moc.ops.triton_ffn import triton_moc_ffn
 from moc.reference import dense_forward, moc_forward, select_mask

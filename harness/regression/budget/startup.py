@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tomllib
 
-from harness.budget import ROOT, Facts
+from harness.regression.budget.check import ROOT, Facts
 
 _LIST_MODULES = """
 import contextlib, io, json, sys

@@ -1,0 +1,2 @@
+"""Facts that are known without a GPU (machine code of kernels, saved bytes, rows, start-up), against
+budget.json."""

@@ -1,0 +1,1 @@
+"""Compares two revisions, checkouts, results folders or benchmark files and says which became slower."""

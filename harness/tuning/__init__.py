@@ -1,0 +1,1 @@
+"""For developers: measures launch layouts of kernels on a GPU and prints the best of them."""
