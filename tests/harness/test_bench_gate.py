@@ -196,10 +196,12 @@ def test_a_version_that_is_not_known(
 
 def test_a_part_that_fails_is_not_silence(tmp_path: Path) -> None:
     """Code that cannot be imported fails the gate with the end of its traceback."""
-    (tmp_path / "harness").mkdir()
-    (tmp_path / "harness" / "__init__.py").touch()
-    (tmp_path / "harness" / "budget_startup.py").write_text("raise ImportError('no such thing')")
-    with pytest.raises(RuntimeError, match=r"budget_startup failed:\n(.|\n)*no such thing"):
+    folder = tmp_path / "harness/regression/budget"
+    folder.mkdir(parents=True)
+    for package in (folder, folder.parent, folder.parents[1]):
+        (package / "__init__.py").touch()
+    (folder / "startup.py").write_text("raise ImportError('no such thing')")
+    with pytest.raises(RuntimeError, match=r"budget.startup failed:\n(.|\n)*no such thing"):
         budget.collect(["startup"], tmp_path)
 
 
