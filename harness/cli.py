@@ -16,7 +16,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from harness.spec import SpecError, Sweep, load_sweep
+from harness.errors import SpecError
+from harness.sweep.load import load_sweep
+from harness.sweep.model import Sweep
 
 app = typer.Typer(
     help="Benchmark and ablation harness: Mixture-of-Channels against dense SwiGLU.",

@@ -13,9 +13,9 @@ from typing import Any
 import pandas as pd
 
 from harness import text
+from harness.sweep.catalog import DECODING
 from harness.tables import in_order, point_table, summarise
 
-DECODING = ("ffn_decode", "generate")
 # Lines that differ in the batch alone; a prompt's length is one of a whole model only.
 _SERIES = (
     *("device_name", "workload", "preset", "d_model", "d_ffn", "n_layers", "seq_len", "dtype"),

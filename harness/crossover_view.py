@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from harness.crossover import crossover_table, crossovers
+from harness.errors import SpecError
 from harness.plot_crossover import crossover_plot
-from harness.spec import SpecError
 from harness.store import read_rows, read_samples
 from harness.tables import point_table
 

@@ -23,9 +23,9 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 import pandas as pd
 from optuna_dashboard import wsgi
 
+from harness.errors import SpecError
 from harness.folders import refuse_links
 from harness.plot_trial import draw_trial
-from harness.spec import SpecError
 from harness.store import read_rows, read_samples
 from harness.study import JOURNAL_NAME, Gallery, open_storage
 

@@ -18,8 +18,8 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import insert
 
 from harness.claims import Leases
+from harness.errors import SpecError
 from harness.rows import MEASURED, PointPlace, checked, counts_over
-from harness.spec import SpecError
 from harness.store import Batch
 
 T = TypeVar("T")

@@ -11,8 +11,9 @@ from typing import Any, cast
 
 import pandas as pd
 
-from harness.points import Point
-from harness.spec import Part
+from harness.sweep.catalog import _TIMED
+from harness.sweep.model import Part
+from harness.sweep.point import Point
 from moc.config import FfnShape
 
 # One process until it trains, in seconds: interpreter, PyTorch, device, weights (seen: 13 on one H100, 5 on
@@ -21,12 +22,6 @@ START_SECONDS = {"cuda": 13.0, "cpu": 5.0}
 _POINT_SECONDS = 2.0  # an FFN point's gate, warm-up and memory pass (seen on one H100)
 _COMPILE_TWICE = 1.4  # compile_s is the model; its layer is compiled once more for its saved bytes
 _EVALUATIONS = 5  # during one training run; each token costs a third of a training token
-_TIMED = {
-    "ffn_train": "step_ms",
-    "ffn_decode": "latency_us",
-    "generate": "latency_ms",
-    "pretrain": "step_ms",
-}
 # Timing loops of a point, and how many steps one sample of all of them takes: forward, backward and both; one
 # decoding step; 32 of them and a prompt, which takes about as long.
 _LOOPS = {"ffn_train": (3, 2), "ffn_decode": (1, 1), "generate": (2, 64)}

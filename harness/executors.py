@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from rich.console import Console
 
-from harness.spec import SpecError, Sweep
+from harness.errors import SpecError
+from harness.sweep.model import Sweep
 
 if TYPE_CHECKING:
     from harness.runner import RunOptions

@@ -1,7 +1,7 @@
 """Where a sweep may write: its own folder under results/, and nowhere else.
 
-A name cannot hold a separator (`harness.spec`), so what is left are links: one that stands where the folder,
-or a file in it, is to be written would lead the write to another place.
+A name cannot hold a separator (`harness.sweep.load`), so what is left are links: one that stands where the
+folder, or a file in it, is to be written would lead the write to another place.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from harness.spec import SpecError
+from harness.errors import SpecError
 
 
 def results_folder(results: Path, name: str) -> Path:

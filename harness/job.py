@@ -15,19 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from harness.points import Point
-
-
-@dataclass(frozen=True)
-class MeasureSettings:
-    """How carefully a point is measured: the `measure` section of a sweep, flattened."""
-
-    rel_ci: float = 0.01  # wanted relative half-width of the 95 % interval of the paired ratio
-    max_seconds: float = 20.0  # time cap of one paired timing loop; at the cap the row says `unstable`
-    memory: bool = True
-    gate: bool = True
-    checkpoint_seconds: float | None = None  # pretrain: write a checkpoint this often; None: never
-    union: bool = False  # pretrain: the channels that a decoding batch needs together
+from harness.sweep.model import Measure
+from harness.sweep.point import Point
 
 
 @dataclass(frozen=True)
@@ -42,7 +31,7 @@ class Job:
     run_id: str
     attempt: int
     points: tuple[Point, ...]
-    measure: MeasureSettings
+    measure: Measure
     device: str
     work_dir: str
     data: str | None = None
@@ -51,7 +40,7 @@ class Job:
         """JSON text that `from_json` reads back."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         values["points"] = [point.to_dict() for point in self.points]
-        values["measure"] = dataclasses.asdict(self.measure)
+        values["measure"] = self.measure.model_dump(mode="json")
         return json.dumps(values, indent=1)
 
     @classmethod
@@ -59,7 +48,7 @@ class Job:
         """Inverse of `to_json`. Raises ValueError or TypeError if the text is not a job."""
         values = json.loads(text)
         values["points"] = tuple(Point.from_dict(point) for point in values["points"])
-        values["measure"] = MeasureSettings(**values["measure"])
+        values["measure"] = Measure.model_validate(values["measure"])
         return cls(**values)
 
 
@@ -85,7 +74,7 @@ class Reporter(Protocol):
         sm_clock_mhz: float | None = None,
         throttled: bool | None = None,
     ) -> None:
-        """One row of the point: a metric named in `harness.metrics.METRICS` and its value."""
+        """One row of the point: a metric named in `harness.sweep.metrics.METRICS` and its value."""
 
     def samples(
         self, point: Point, metric: str, values: Sequence[float], x: Sequence[float] | None = None
@@ -99,7 +88,7 @@ class Reporter(Protocol):
         """What a training has reached after `percent` of its tokens, by metric: a pruner may end it there."""
 
     def finish(self, point: Point, status: str = "ok", detail: str = "") -> None:
-        """The point is done; its rows become durable. `status` is one of `harness.metrics.STATUSES`."""
+        """The point is done; its rows become durable. `status` is one of `harness.sweep.metrics.STATUSES`."""
 
 
 def write_job(job: Job, path: Path) -> None:

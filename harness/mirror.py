@@ -9,11 +9,11 @@ from typing import Any
 from optuna.exceptions import StorageInternalError
 
 from harness.claims import Claims
-from harness.points import Point
 from harness.rows import PointPlace
 from harness.shared import Shared
-from harness.spec import Part, Sweep
 from harness.study import PartStudy
+from harness.sweep.model import Part, Sweep
+from harness.sweep.point import Point
 
 
 class Mirror:

@@ -20,12 +20,12 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from harness import pareto
-from harness.grid import assignment_of, baseline_of, make_point, point_of_row
 from harness.linefile import append_lines, read_lines
-from harness.metrics import METRICS
-from harness.points import Point
 from harness.rows import MEASURED
-from harness.spec import Optimize, Part, part_name
+from harness.sweep.grid import assignment_of, baseline_of, make_point, point_of_row
+from harness.sweep.metrics import METRICS
+from harness.sweep.model import Optimize, Part, part_name
+from harness.sweep.point import Point
 from moc.selection import parse_selection
 
 Row = Mapping[str, Any]

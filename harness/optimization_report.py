@@ -9,13 +9,15 @@ from pathlib import Path
 import pandas as pd
 
 from harness import text
+from harness.errors import SpecError
 from harness.importances import importances
-from harness.metrics import METRICS
 from harness.optimization import Search, pruned_trials, read_search
 from harness.optimization_text import parameter_name, sentences, view_of
 from harness.plot_optimization import draw_search
 from harness.plot_style import Plot
-from harness.spec import Objective, Part, SpecError, parse_sweep, part_name
+from harness.sweep.load import parse_sweep
+from harness.sweep.metrics import METRICS
+from harness.sweep.model import Objective, Part, part_name
 
 _Cell = Callable[[pd.Series], str]
 

@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 
 from harness import pareto, text
-from harness.metrics import METRICS
 from harness.optimization import Search, losses_of
-from harness.spec import Objective
+from harness.sweep.metrics import METRICS
+from harness.sweep.model import Objective
 
 _PARAMETERS = {
     "k_frac": "K (% of d_ffn)",

@@ -7,15 +7,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.grid import expand, make_point, vocab_sizes
-from harness.points import Point, group_points
-from harness.spec import INTEGER_AXES, WHOLE_MODEL, AxisValue, Part, Range, SpecError, Sweep
-from moc.config import FfnShape
+from harness.errors import SpecError
+from harness.sweep.catalog import GROUPED_WORKLOADS, INTEGER_AXES
+from harness.sweep.grid import expand, make_point, vocab_sizes
+from harness.sweep.model import AxisValue, Part, Range, Sweep
+from harness.sweep.point import Point, group_points
 from moc.methods import get_method
-from moc.selection import parse_selection
 
-# Rivals of these workloads run in one process, on the same weights and inputs, so that they are paired.
-GROUPED_WORKLOADS = ("ffn_train", "ffn_decode", "generate")
 _MOST_CORNERS = 1000  # of a search that are looked at
 # What `--retry` measures again.
 RETRY: dict[str, tuple[str, ...]] = {
@@ -130,27 +128,3 @@ def largest_points(part: Part, data_ids: Mapping[int, str] | None = None) -> lis
         for values in combinations
     ]
     return list({point.key: point for point in points}.values())
-
-
-def unsupported_reason(point: Point, device: str) -> str | None:
-    """Why a point cannot be measured on a kind of device (`cpu`, `cuda`); None if it can."""
-    method = get_method(point.method)
-    selection = None if point.selection is None else parse_selection(point.selection)
-    decodes = point.workload in ("ffn_decode", "generate")
-    if decodes and not method.decode:
-        return f"method {method.name} does not decode"
-    if point.workload == "generate" and method.generate_refusal is not None:
-        return f"method {method.name} does not generate: {method.generate_refusal}"
-    if not decodes and not method.backward:
-        return f"method {method.name} has no backward pass"
-    if point.workload in WHOLE_MODEL:
-        from harness.training import AUTOCAST_DTYPES
-        from harness.workloads.pretrain import model_config
-
-        if point.workload == "pretrain" and point.dtype not in AUTOCAST_DTYPES:
-            return f"dtype {point.dtype} cannot be trained; choose one of {', '.join(AUTOCAST_DTYPES)}"
-        try:
-            model_config(point)
-        except ValueError as error:
-            return str(error)
-    return method.unsupported_reason(FfnShape(point.d_model, point.d_ffn), selection, point.dtype, device)

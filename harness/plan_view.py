@@ -18,20 +18,13 @@ from harness import text
 from harness.estimate import START_SECONDS, History
 from harness.folders import results_folder
 from harness.measure.environment import device_name
-from harness.plan import (
-    describe_source,
-    find_data,
-    grid_points,
-    is_missing,
-    largest_points,
-    units,
-    unsupported_reason,
-)
-from harness.points import Point
+from harness.plan import describe_source, find_data, grid_points, is_missing, largest_points, units
 from harness.predict import Peak, device_bytes, predict_peak
 from harness.rows import COLUMNS, is_primary
-from harness.spec import Part, Sweep
 from harness.store import read_rows
+from harness.sweep.model import Part, Sweep
+from harness.sweep.point import Point
+from harness.sweep.support import unsupported_reason
 from moc.methods import get_method
 
 PEAK_METRIC = {"cuda": "peak_allocated_bytes", "cpu": "peak_rss_over_start_bytes"}

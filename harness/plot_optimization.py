@@ -25,7 +25,7 @@ from harness.optimization_text import (
     view_of,
 )
 from harness.plot_style import Board, Look, Mark, Plot, line_handle, look
-from harness.spec import Range
+from harness.sweep.model import Range
 from harness.tables import family, is_dense
 
 PLOT_NAMES = (

@@ -29,8 +29,8 @@ from pathlib import Path
 
 import torch
 
-from harness.points import Point
-from harness.workloads.pretrain import model_config
+from harness.sweep.point import Point
+from harness.sweep.support import model_config
 from moc.config import FfnShape
 from moc.methods import Method, get_method
 from moc.ops.loss import CHUNK_TOKENS

@@ -10,9 +10,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
-from harness.metrics import METRICS, PRIMARY_METRIC
-from harness.points import Point
 from harness.store import MEASURED
+from harness.sweep.catalog import PRIMARY_METRIC
+from harness.sweep.metrics import METRICS
+from harness.sweep.point import Point
 from harness.worker import Finished
 
 

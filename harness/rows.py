@@ -7,7 +7,8 @@ from typing import Any
 
 import pandas as pd
 
-from harness.metrics import METRICS, PRIMARY_METRIC, STATUSES
+from harness.sweep.catalog import PRIMARY_METRIC
+from harness.sweep.metrics import METRICS, STATUSES
 
 COLUMNS: tuple[str, ...] = (
     *("schema_version", "sweep", "point_key", "run_id", "attempt", "seed"),
@@ -81,7 +82,7 @@ def checked(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     primary = PRIMARY_METRIC[rows[0]["workload"]]
     for row in rows:
         if row["metric"] not in METRICS:
-            raise ValueError(f"metric {row['metric']!r} is not in harness.metrics.METRICS")
+            raise ValueError(f"metric {row['metric']!r} is not in harness.sweep.metrics.METRICS")
         if row["status"] not in STATUSES:
             raise ValueError(f"status {row['status']!r} is not one of {', '.join(STATUSES)}")
         if set(row) != set(COLUMNS):

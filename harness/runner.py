@@ -28,14 +28,15 @@ from harness.job import Job
 from harness.measure.environment import device_name
 from harness.mirror import Mirror
 from harness.optimization import INFEASIBLE, record_pruned
-from harness.plan import GROUPED_WORKLOADS, Unit, grid_points, is_missing, prepare_data, units
-from harness.points import Point
+from harness.plan import Unit, grid_points, is_missing, prepare_data, units
 from harness.progress import SweepProgress
 from harness.rows import MEASURED
 from harness.search import Proposal, SearchStudy
 from harness.shared import Shared, open_shared
-from harness.spec import Part, Sweep, sweep_text
 from harness.store import RowStore, Store, copy_rows, export
+from harness.sweep.catalog import GROUPED_WORKLOADS
+from harness.sweep.model import Part, Sweep, sweep_text
+from harness.sweep.point import Point
 from harness.work import WAIT_SECONDS, Work
 from harness.worker import TRIAL_COMMAND, Finished, Listener, Stop, new_run_id, run_job
 
@@ -263,7 +264,7 @@ class _Run:
             run_id=new_run_id(),
             attempt=1,
             points=(*unit.companions, *points),
-            measure=unit.part.measure.settings(),
+            measure=unit.part.measure,
             device=self._options.device,
             work_dir=str(self._folder / "checkpoints"),
             data=self._sweep.data,

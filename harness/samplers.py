@@ -18,8 +18,9 @@ from optuna.samplers.nsgaii import BLXAlphaCrossover
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from harness.points import Point
-from harness.spec import INTEGER_AXES, AxisValue, Optimize, Part, Range
+from harness.sweep.catalog import INTEGER_AXES
+from harness.sweep.model import AxisValue, Optimize, Part, Range
+from harness.sweep.point import Point
 
 # Where trainings are compared, in percent of their tokens: the evaluations before the last one.
 RUNGS = (25, 50, 75)

@@ -19,13 +19,14 @@ from dataclasses import dataclass
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import Trial, TrialState
 
-from harness.grid import baseline_of, make_point, point_of_row
+from harness.errors import SpecError, near_miss
 from harness.optimization import INFEASIBLE, Outcome, Row, against_dense, judge, trials_of
-from harness.points import Point
 from harness.rows import MEASURED
 from harness.samplers import RUNGS, generation_attributes
-from harness.spec import AxisValue, Optimize, Range, SpecError, near_miss, part_name
 from harness.study import PartStudy, attributes, write_note
+from harness.sweep.grid import baseline_of, make_point, point_of_row
+from harness.sweep.model import AxisValue, Optimize, Range, part_name
+from harness.sweep.point import Point
 
 
 @dataclass

@@ -34,8 +34,9 @@ from harness.measure.environment import device_name
 from harness.processes import environments
 from harness.rows import MEASURED
 from harness.soak_trial import DEVICE_VARIABLE, SECONDS_VARIABLE, expected_value
-from harness.spec import Sweep, parse_sweep
 from harness.store import RowStore, Store
+from harness.sweep.load import parse_sweep
+from harness.sweep.model import Sweep
 
 # In the environment of every process of a soak run, so that each can be found.
 MARK_VARIABLE = "MOCBENCH_SOAK"
@@ -200,7 +201,7 @@ def _kill_at_random(
 
 def judge(verdict: Verdict, store: RowStore, folder: Path, seen: set[str]) -> None:
     """Compare what is on record with what should be."""
-    from harness.grid import expand
+    from harness.sweep.grid import expand
 
     expected = {point.key for point in expand(soak_sweep(verdict.points).parts[0])}
     good: Counter[str] = Counter()

@@ -17,7 +17,6 @@ import filelock
 import pandas as pd
 
 from harness.linefile import LOCK_POLL_SECONDS, append_lines, append_whole, decode, encode, read_lines
-from harness.metrics import METRICS, PRIMARY_METRIC
 from harness.rows import (
     COLUMNS,
     MEASURED,
@@ -31,6 +30,8 @@ from harness.rows import (
     typed,
     whole_batches,
 )
+from harness.sweep.catalog import PRIMARY_METRIC
+from harness.sweep.metrics import METRICS
 
 # What tells points of one sweep apart for people, in the order wide.csv shows it.
 POINT_COLUMNS: tuple[str, ...] = (

@@ -25,21 +25,17 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from sqlalchemy.exc import SQLAlchemyError
 
+from harness.errors import SpecError
 from harness.linefile import LOCK_POLL_SECONDS, cut_partial_line
-from harness.metrics import METRICS
 from harness.optimization import Outcome, Row, judge
-from harness.points import Point
 from harness.rows import MEASURED, counts_over
 from harness.samplers import make_pruner, make_sampler, space
-from harness.spec import Objective, Optimize, Part, SpecError, Sweep, part_name, sweep_text
+from harness.sweep.catalog import _GRID_OBJECTIVES
+from harness.sweep.metrics import METRICS
+from harness.sweep.model import Objective, Optimize, Part, Sweep, part_name, sweep_text
+from harness.sweep.point import Point
 
 JOURNAL_NAME = "study.journal"
-_GRID_OBJECTIVES: dict[str, tuple[str, ...]] = {
-    "ffn_train": ("step_ms", "saved_activation_bytes_per_token"),
-    "ffn_decode": ("latency_us",),
-    "generate": ("latency_ms", "time_to_first_token_ms"),
-    "pretrain": ("tokens_per_s", "PEAK", "perplexity"),
-}
 _ATTRIBUTES = (
     "workload",
     "method",

@@ -16,8 +16,9 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
-from harness.metrics import METRICS
 from harness.store import MEASURED, wide
+from harness.sweep.catalog import _WORKLOADS, ALIGNMENT
+from harness.sweep.metrics import METRICS
 from moc.methods import METHODS
 
 # What rivals of one comparison share, apart from the seed.
@@ -25,8 +26,6 @@ CELL: tuple[str, ...] = (
     *("device_name", "workload", "preset", "d_model", "d_ffn", "n_layers", "batch", "seq_len", "tokens"),
     *("train_tokens", "eval_tokens", "vocab_size", "lr", "data_id", "dtype", "timing_mode"),
 )
-# cuBLAS leaves its fast path where a width is not a multiple of this many elements.
-ALIGNMENT = 8
 DEFAULT_K = 0.1875
 # From so many seeds on, their scatter gives a mean its interval.
 SEEDS_FOR_INTERVAL = 3
@@ -34,7 +33,6 @@ SEEDS_FOR_INTERVAL = 3
 _LEAD_METHODS = ("moc", "moc_fp8", "moc_reference")
 # The order people meet them in: the paper's rule first, its local stand-in of the same budget next.
 _FAMILIES = ("topk", "nm:12:64", "nm:2:8", "topk_abs", "threshold")
-_WORKLOADS = ("pretrain", "generate", "ffn_train", "ffn_decode")
 _NUMBERS = (
     *("d_model", "d_ffn", "n_layers", "batch", "seq_len", "tokens", "train_tokens", "vocab_size", "lr"),
     *("eval_tokens", "k", "k_frac", "seed"),
@@ -69,7 +67,8 @@ def point_table(rows: pd.DataFrame, samples: pd.DataFrame | None = None) -> pd.D
     """One line per point with plain float metrics, what is derived from its shape, and its comparisons.
 
     `rows` are the current rows of a sweep as `harness.store.read_rows` gives them. Every metric of
-    `harness.metrics` and its interval has a column, NaN where not measured. Added besides: `cell` (an id),
+    `harness.sweep.metrics` and its interval has a column, NaN where not measured. Added besides: `cell` (an
+    id),
     `family`, `k_pct`, `is_dense`, `misaligned`, `measured`, `speed` (tokens/s), `peak_bytes` with
     `peak_metric`, and per measured point `x_best_dense` (with interval) against `baseline`, `paired` if
     measured as such and else the quotient of two speeds, `unpaired` if that is so although the point has a
@@ -159,7 +158,7 @@ def _paired_over(points: pd.DataFrame, rows: pd.DataFrame) -> list[str]:
 
 
 def best_dense(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """The best dense method of every cell and seed by one metric of `harness.metrics.METRICS`.
+    """The best dense method of every cell and seed by one metric of `harness.sweep.metrics.METRICS`.
 
     Returns the lines of `point_table(rows)` that won, at most one per cell and seed; cells without a
     measured dense method have none. Raises ValueError if the metric has no better direction.

@@ -24,10 +24,8 @@ from harness.checkpoint import Checkpoints
 from harness.data.batches import EvaluationText, TrainingBatches, evaluation_text
 from harness.data.dataset import TokenDataset
 from harness.step_clock import StepClock
+from harness.sweep.catalog import MIN_STEPS, TRAINING_DTYPES
 
-AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp32": None}  # weights and optimizer are fp32 in both
-
-MIN_STEPS = 4  # below, nothing is left to time after warm-up and the memory pass
 WARM_UP_STEPS = 3  # compilation, cuBLAS and allocator set-up; not the warm-up of the learning rate
 MEMORY_STEPS = 2  # a step's peak repeats exactly, a second one catches what only a filled cache needs
 
@@ -66,9 +64,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the field that is out of range."""
-        if self.dtype not in AUTOCAST_DTYPES:
+        if self.dtype not in TRAINING_DTYPES:
             raise ValueError(
-                f"dtype {self.dtype} cannot be trained; choose one of {', '.join(AUTOCAST_DTYPES)}"
+                f"dtype {self.dtype} cannot be trained; choose one of {', '.join(TRAINING_DTYPES)}"
             )
         if self.seq_len < 1 or self.tokens_per_step < 1 or self.tokens_per_step % self.seq_len:
             raise ValueError(
@@ -315,7 +313,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 
 def autocast(device: torch.device, dtype: str) -> torch.autocast:
     """The context in which a model of fp32 weights computes in `dtype`."""
-    low = AUTOCAST_DTYPES[dtype]
+    low = torch.bfloat16 if dtype == "bf16" else None
     return torch.autocast(device.type, dtype=low, enabled=low is not None)
 
 

@@ -20,8 +20,9 @@ from typing import IO, Any
 
 from harness import guard
 from harness.job import Job
-from harness.metrics import METRICS, PRIMARY_METRIC, STATUSES
-from harness.points import SCHEMA_VERSION, Point
+from harness.sweep.catalog import PRIMARY_METRIC
+from harness.sweep.metrics import METRICS, STATUSES
+from harness.sweep.point import SCHEMA_VERSION, Point
 
 EXIT_OOM = 17
 PROGRESS_SECONDS = 0.5
@@ -73,7 +74,7 @@ class EventReporter:
     ) -> None:
         """See `harness.job.Reporter`. Raises ValueError for a metric or status that is not in the schema."""
         if metric not in METRICS:
-            raise ValueError(f"metric {metric!r} is not in harness.metrics.METRICS")
+            raise ValueError(f"metric {metric!r} is not in harness.sweep.metrics.METRICS")
         row = self._row(point, metric, status, detail, timing_mode)
         row.update(value=_number(value), ci_low=_number(ci_low), ci_high=_number(ci_high))
         row.update(n_samples=n_samples, statistic=statistic)

@@ -21,9 +21,9 @@ from typing import Any
 
 from harness.guard import GuardedProcess
 from harness.job import Job, write_job
-from harness.metrics import PRIMARY_METRIC
-from harness.points import Point
-from harness.spec import Limits
+from harness.sweep.catalog import PRIMARY_METRIC
+from harness.sweep.model import Limits
+from harness.sweep.point import Point
 from harness.trial import EXIT_OOM, make_row, output_path
 
 POLL_SECONDS = 0.1

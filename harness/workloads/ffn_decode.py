@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from harness.job import Job, MeasureSettings, Reporter
+from harness.job import Job, Reporter
 from harness.measure import gate, memory, roofline, stats
 from harness.measure.clocks import ClockReader
 from harness.measure.ffn import DTYPES, FfnTensors, ffn_weights, natural_tensors
@@ -30,7 +30,8 @@ from harness.measure.timing import (
     run_rounds,
     time_paired,
 )
-from harness.points import Point
+from harness.sweep.model import Measure
+from harness.sweep.point import Point
 from harness.workloads.ffn_group import (
     Entry,
     Group,
@@ -61,7 +62,7 @@ class _Bench:
     """What all methods of the group are measured with."""
 
     group: Group
-    settings: MeasureSettings
+    settings: Measure
     report: Reporter
     copies: list[FfnTensors]  # x of the first is the input of all
     ceilings: roofline.Ceilings

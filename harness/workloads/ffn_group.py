@@ -11,13 +11,14 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from harness.job import Job, MeasureSettings, Reporter
+from harness.job import Job, Reporter
 from harness.measure import stats
 from harness.measure.clocks import any_throttled, median_sm_clock
 from harness.measure.ffn import DTYPES, FfnTensors, ffn_weights
 from harness.measure.gate_data import chunk_rows
 from harness.measure.timing import ContenderFailed, PairedTimes, TimingSettings
-from harness.points import Point
+from harness.sweep.model import Measure
+from harness.sweep.point import Point
 from moc.config import FfnShape
 from moc.layers.base import FfnWeights
 from moc.methods import Method, get_method
@@ -245,14 +246,14 @@ def report_speedup(
     report_estimate(report, entry.point, "speedup_vs_best_dense", ratio, times, detail=f"over {base}")
 
 
-def timing_settings(group: Group, settings: MeasureSettings) -> TimingSettings:
+def timing_settings(group: Group, settings: Measure) -> TimingSettings:
     """When to stop timing this group."""
-    return TimingSettings(rel_ci=settings.rel_ci, max_seconds=settings.max_seconds, seed=group.seed)
+    return TimingSettings(
+        rel_ci=settings.timing.rel_ci, max_seconds=settings.timing.max_seconds, seed=group.seed
+    )
 
 
-def finish_timed(
-    group: Group, settings: MeasureSettings, report: Reporter, entry: Entry, times: PairedTimes
-) -> None:
+def finish_timed(group: Group, settings: Measure, report: Reporter, entry: Entry, times: PairedTimes) -> None:
     """Finish a point as `ok`, or as `unstable` if its ratio did not settle, saying what was reached."""
     unsettled = times.unsettled(entry.name, timing_settings(group, settings))
     detail = join_notes(group.alignment_note, unsettled, *times.notes)

@@ -17,11 +17,12 @@ from typing import Any
 import optuna
 import pytest
 
-from harness.job import Job, MeasureSettings
-from harness.points import Point
+from harness.job import Job
 from harness.postgres import NoPostgresError, PrivatePostgres
-from harness.spec import parse_sweep
 from harness.study import PartStudy, open_storage
+from harness.sweep.load import parse_sweep
+from harness.sweep.model import Measure
+from harness.sweep.point import Point
 from harness.trial import make_row
 
 if "CI" not in os.environ:  # there it is installed, and a test that is skipped would hide that it is not
@@ -280,7 +281,7 @@ def add_study(folder: Path, url: str | None = None) -> None:
     point = Point("ffn_train", "dense", None, "1m", 128, 384, 1, 2, 64, "fp32", 0)
     storage = open_storage(folder, url)
     study = PartStudy(sweep, sweep.parts[0], storage, "cpu", [point])
-    job = Job("small", "r1", 1, (point,), MeasureSettings(), "cpu", "work")
+    job = Job("small", "r1", 1, (point,), Measure(), "cpu", "work")
     values = {"saved_activation_bytes_per_token": 6656.0, "step_ms": 2.0}
     rows = [
         {**make_row(job, point, metric, "ok", "", device_name="D", env_id="e"), "value": value}

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from harness import guard
 from harness.job import Job
-from harness.metrics import PRIMARY_METRIC
-from harness.points import Point
+from harness.sweep.catalog import PRIMARY_METRIC
+from harness.sweep.point import Point
 from harness.trial import EXIT_OOM, EventReporter, output_path
 
 SLEEP = [

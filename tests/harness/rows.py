@@ -2,9 +2,10 @@
 
 from typing import Any
 
-from harness.job import Job, MeasureSettings
-from harness.metrics import PRIMARY_METRIC
-from harness.points import Point
+from harness.job import Job
+from harness.sweep.catalog import PRIMARY_METRIC
+from harness.sweep.model import Measure
+from harness.sweep.point import Point
 from harness.trial import make_row
 
 
@@ -18,7 +19,7 @@ def rows_of(
     point: Point, values: dict[str, float], status: str = "ok", run_id: str = "r1", device: str = "D"
 ) -> list[dict[str, Any]]:
     """One finished point's rows: a row per metric, or the single row of a failure."""
-    job = Job("t", run_id, 1, (point,), MeasureSettings(), "cpu", "work")
+    job = Job("t", run_id, 1, (point,), Measure(), "cpu", "work")
     primary = PRIMARY_METRIC[point.workload]
     if status not in ("ok", "unstable"):
         return [make_row(job, point, primary, status, "because", device_name=device, env_id="e")]

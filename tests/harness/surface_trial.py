@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.job import Job
-from harness.points import Point
+from harness.sweep.point import Point
 from harness.trial import make_row, output_path
 
 

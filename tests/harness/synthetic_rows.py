@@ -10,8 +10,9 @@ from typing import Any
 
 import pandas as pd
 
-from harness.metrics import METRICS, PRIMARY_METRIC
 from harness.store import COLUMNS, Store, read_rows
+from harness.sweep.catalog import PRIMARY_METRIC
+from harness.sweep.metrics import METRICS
 from moc.config import PRESETS
 from moc.selection import parse_selection
 

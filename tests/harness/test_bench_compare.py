@@ -15,10 +15,10 @@ from typing import Any, cast
 import pytest
 
 import moc
+from harness.errors import SpecError
 from harness.regression.compare.checkouts import Child, Pair
 from harness.regression.compare.compare import compare, parse_injections
 from harness.regression.compare.sides import checked_out, find_side, find_sides
-from harness.spec import SpecError
 
 MOC = str(Path(moc.__file__).parent)  # the referee needs its configuration
 # The work of a benchmark lasts as long as it says, give or take a permille that depends on the call alone.

@@ -11,10 +11,10 @@ import pytest
 from rows import rows_of, train_point
 
 from harness.cli import main
+from harness.errors import SpecError
 from harness.regression.compare.sides import find_side, refuse_other_machine
 from harness.regression.compare.stored import compare_stored
 from harness.regression.history import levels, read_runs, write_history
-from harness.spec import SpecError
 from harness.store import Store
 
 MACHINE: dict[str, Any] = {

@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 from harness.cli import app
 from harness.crossover import crossover_table, crossovers, independent_union
 from harness.crossover_view import show
+from harness.errors import SpecError
 from harness.plot_crossover import crossover_plot, union_curves
 from harness.report import write_report
-from harness.spec import SpecError
 from harness.store import Store
 from harness.tables import point_table
 

@@ -11,9 +11,9 @@ from rows import rows_of, train_point
 
 from harness.claims import Claims, FileBook, LeaseBook
 from harness.database import Database, DatabaseBook, DatabaseStore
+from harness.errors import SpecError
 from harness.postgres import NoPostgresError, PrivatePostgres
 from harness.shared import open_shared
-from harness.spec import SpecError
 from harness.store import RowStore, Store, copy_rows, read_samples
 
 VALUES = {"forward_ms": 0.1 + 0.2, "step_ms": 2.0}

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from harness.errors import SpecError
 from harness.executors import run_on_ray, worker_environments
 from harness.runner import RunOptions
 from harness.soak import soak_sweep
-from harness.spec import SpecError
 
 
 @pytest.mark.parametrize(

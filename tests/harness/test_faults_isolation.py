@@ -12,9 +12,9 @@ import pytest
 from rows import train_point
 
 from harness.guard import end_orphans
-from harness.job import Job, MeasureSettings
+from harness.job import Job
 from harness.processes import process_start
-from harness.spec import Limits
+from harness.sweep.model import Limits, Measure
 from harness.worker import LOG_TAIL_LINES, Finished, Listener, run_job
 
 HERE = Path(__file__).parent
@@ -27,7 +27,7 @@ def run(folder: Path, faults: list[str], limits: Limits | None = None) -> list[F
     points = tuple(train_point(batch=number) for number in range(1, len(faults) + 1))
     heard: list[Finished] = []
     run_job(
-        Job("t", "r", 1, points, MeasureSettings(), "cpu", str(folder)),
+        Job("t", "r", 1, points, Measure(), "cpu", str(folder)),
         folder,
         limits or Limits(trial_seconds=30, retries=0),
         Listener(heard.append, lambda record: None, lambda *args: None),

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 from rows import rows_of
 
-from harness.grid import expand
 from harness.linefile import append_lines
-from harness.points import Point
 from harness.soak import Verdict, judge, soak_sweep
 from harness.soak_trial import expected_value
 from harness.store import Store
+from harness.sweep.grid import expand
+from harness.sweep.point import Point
 
 
 def write(

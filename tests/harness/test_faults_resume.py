@@ -17,13 +17,14 @@ import pytest
 from rich.console import Console
 
 from harness.claims import Claims
-from harness.grid import expand
 from harness.linefile import read_lines
 from harness.measure.environment import device_name
 from harness.runner import RunOptions, Summary, run_sweep
-from harness.spec import Sweep, parse_sweep
 from harness.store import Store, read_rows, read_samples
 from harness.study import open_storage
+from harness.sweep.grid import expand
+from harness.sweep.load import parse_sweep
+from harness.sweep.model import Sweep
 
 COMMAND = (sys.executable, str(Path(__file__).parent / "fault_trial.py"))
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from test_ffn_train import Recorder, point
 
-from harness.job import Job, MeasureSettings
+from harness.job import Job
 from harness.measure import launch, roofline
-from harness.points import Point
+from harness.sweep.model import Measure, Timing
+from harness.sweep.point import Point
 from harness.workloads import ffn_decode
 from moc.config import FfnShape
 from moc.layers.int8 import quantize_rows
@@ -27,7 +28,7 @@ def decode(method: str, selection: str | None = None, batch: int = 1, **changes:
 
 def run(*points: Point) -> Recorder:
     recorder = Recorder()
-    measure = MeasureSettings(rel_ci=10.0, max_seconds=5.0)
+    measure = Measure(timing=Timing(rel_ci=0.99, max_seconds=5.0))
     ffn_decode.run(Job("s", "r", 1, points, measure, "cpu", "."), recorder)
     return recorder
 
@@ -116,7 +117,7 @@ def test_the_leanest_method_decides_the_rotation(
 
     monkeypatch.setattr(ffn_decode, "rotated_copies", refuse)
     recorder, dense = Recorder(), decode("dense", batch=others[0].batch if others else 1)
-    job = Job("s", "r", 1, (*others, dense), MeasureSettings(), "cpu", ".")
+    job = Job("s", "r", 1, (*others, dense), Measure(), "cpu", ".")
     with pytest.raises(torch.OutOfMemoryError):
         ffn_decode.run(job, recorder)
     assert asked == [least]

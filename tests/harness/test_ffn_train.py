@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from harness.job import Job, MeasureSettings
+from harness.job import Job
 from harness.measure import launch, roofline
 from harness.measure.ffn import natural_tensors
-from harness.metrics import METRICS, STATUSES
-from harness.points import Point
+from harness.sweep.metrics import METRICS, STATUSES
+from harness.sweep.model import Measure, Timing
+from harness.sweep.point import Point
 from harness.workloads import ffn_train
 from moc.config import FfnShape
 
@@ -73,8 +74,8 @@ def point(method: str, selection: str | None = None, **changes: Any) -> Point:
     return Point(**{**values, **changes})
 
 
-def run(*points: Point, **settings: Any) -> Recorder:
-    measure = MeasureSettings(**{"rel_ci": 10.0, "max_seconds": 5.0, **settings})
+def run(*points: Point, rel_ci: float = 0.99, max_seconds: float = 5.0, **settings: Any) -> Recorder:
+    measure = Measure(timing=Timing(rel_ci=rel_ci, max_seconds=max_seconds), **settings)
     recorder = Recorder()
     ffn_train.run(Job("s", "r", 1, points, measure, "cpu", "."), recorder)
     return recorder
@@ -212,7 +213,7 @@ def test_running_out_of_memory_costs_one_method_only() -> None:
 
 def test_an_error_in_the_middle_of_timing_blames_its_own_point() -> None:
     """Whatever else a method raises ends the run, with that method's point the last one started."""
-    measure = MeasureSettings(rel_ci=10.0, max_seconds=5.0)
+    measure = Measure(timing=Timing(rel_ci=0.99, max_seconds=5.0))
     job = Job("s", "r", 1, (point("ffn_rivals:breaks_later"), point("dense")), measure, "cpu", ".")
     recorder = Recorder()
     with pytest.raises(ZeroDivisionError, match="lost it"):

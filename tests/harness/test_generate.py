@@ -9,13 +9,16 @@ import torch.nn.functional as F
 from test_ffn_train import Recorder, point
 from torch import Tensor
 
-from harness.grid import expand
-from harness.job import Job, MeasureSettings
+from harness.errors import SpecError
+from harness.job import Job
 from harness.measure import launch
 from harness.measure.launch import Contender, CpuSampler
-from harness.plan import units, unsupported_reason
-from harness.points import Point
-from harness.spec import SpecError, load_sweep, parse_sweep
+from harness.plan import units
+from harness.sweep.grid import expand
+from harness.sweep.load import load_sweep, parse_sweep
+from harness.sweep.model import Measure, Timing
+from harness.sweep.point import Point
+from harness.sweep.support import unsupported_reason
 from harness.workloads import generate
 from harness.workloads.ffn_group import with_weights
 from harness.workloads.generate_gate import check_decoding, find_truth, relative_errors
@@ -39,7 +42,7 @@ def gen(method: str, selection: str | None = None, **changes: object) -> Point:
 
 def run(*points: Point, **settings: object) -> Recorder:
     recorder = Recorder()
-    measure = MeasureSettings(**{"rel_ci": 10.0, "max_seconds": 0.3, **settings})
+    measure = Measure(timing=Timing(rel_ci=0.99, max_seconds=0.3), **settings)  # type: ignore[arg-type]
     generate.run(Job("s", "r", 1, points, measure, "cpu", "."), recorder)
     return recorder
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from test_ffn_train import Recorder, point
 
-from harness.job import Job, MeasureSettings
+from harness.job import Job
+from harness.sweep.model import Measure, Timing
 from harness.workloads import generate
 
 pytestmark = [
@@ -25,7 +26,7 @@ def test_every_method_decodes_in_a_graph(batch: int) -> None:
         point("moc_reference", "topk:0.1875", **values),
     ]
     recorder = Recorder()
-    settings = MeasureSettings(rel_ci=0.05, max_seconds=5.0)
+    settings = Measure(timing=Timing(rel_ci=0.05, max_seconds=5.0))
     generate.run(Job("s", "r", 1, tuple(points), settings, "cuda", "."), recorder)
     for name, (status, detail) in recorder.finished.items():
         assert status == "ok", (name, status, detail)
@@ -54,7 +55,7 @@ def test_weights_are_on_the_device_once() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generate, "_prepare", watched)
-        settings = MeasureSettings(rel_ci=1.0, max_seconds=1.0, gate=False, memory=False)
+        settings = Measure(timing=Timing(rel_ci=0.99, max_seconds=1.0), gate=False, memory=False)
         points = tuple(point(method, rule, **values) for method, rule in names)
         generate.run(Job("s", "r", 1, points, settings, "cuda", "."), recorder)
     weights = 2 * (2 * 32000 * 1024 + 8 * (4 * 1024**2 + 3 * 1024 * 2816))

@@ -10,12 +10,13 @@ import torch
 from test_ffn_train import Recorder, point
 from torch import Tensor
 
-from harness.job import Job, MeasureSettings
+from harness.job import Job
 from harness.measure import gate, memory, roofline, selftest, stats
 from harness.measure.clocks import ClockReader
 from harness.measure.ffn import TrainingCalls, ffn_weights, natural_tensors
 from harness.measure.launch import Contender
 from harness.measure.timing import PairedTimes, TimingSettings, open_sampler, time_paired
+from harness.sweep.model import Measure, Timing
 from harness.workloads import ffn_decode, ffn_train
 from moc.config import FfnShape
 from moc.layers.dense import DenseFFN
@@ -215,7 +216,7 @@ def test_ffn_train_measures_eager_compiled_and_sparse_methods() -> None:
     points = [point(name, **common) for name in ("dense", "dense_compiled", "dense_gu", "dense_recompute")]
     points += [point("moc_reference", rule, **common) for rule in ("topk:0.1875", "nm:2:8")]
     recorder = Recorder()
-    settings = MeasureSettings(rel_ci=0.05, max_seconds=5.0)
+    settings = Measure(timing=Timing(rel_ci=0.05, max_seconds=5.0))
     ffn_train.run(Job("s", "r", 1, tuple(points), settings, "cuda", "."), recorder)
     assert {status for status, _detail in recorder.finished.values()} == {"ok"}
     for name, rows in recorder.rows.items():

@@ -5,8 +5,8 @@ import pytest
 from rows import rows_of
 
 from harness.memory_formula import memory_formula
-from harness.points import Point
 from harness.store import COLUMNS
+from harness.sweep.point import Point
 from harness.tables import point_table
 
 SHAPE = {"preset": "1m", "d_model": 128, "d_ffn": 384, "n_layers": 4, "n_heads": 4, "batch": 2, "seq_len": 64}

@@ -22,10 +22,10 @@ from harness.optimization_text import (
     progress_title,
     scope_sentence,
 )
-from harness.points import Point
 from harness.report import write_report
-from harness.spec import sweep_text
 from harness.store import Store, read_rows
+from harness.sweep.model import sweep_text
+from harness.sweep.point import Point
 
 SHORT = TRADE_OFF.replace("n_trials: 60", "n_trials: 24")
 SINGLE = SHORT.replace(", {metric: tokens_per_s, direction: maximize}", "")

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from rows import train_point
 
-from harness.job import Job, MeasureSettings
-from harness.points import Point
-from harness.spec import Limits
+from harness.job import Job
+from harness.sweep.model import Limits, Measure
+from harness.sweep.point import Point
 from harness.worker import Finished, Listener, run_job
 
 # Stands in for a training: it says how far it is, and then goes on as if for an hour.
@@ -46,7 +46,7 @@ def test_a_training_that_is_given_up_is_killed_and_leaves_no_row(tmp_path: Path)
     listener = Listener(heard.append, lambda record: None, lambda *progress: None, stop)
     began = time.monotonic()
     run_job(
-        Job("t", "r", 1, (point,), MeasureSettings(), "cpu", str(tmp_path)),
+        Job("t", "r", 1, (point,), Measure(), "cpu", str(tmp_path)),
         tmp_path,
         Limits(trial_seconds=600),
         listener,

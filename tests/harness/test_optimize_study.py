@@ -12,10 +12,10 @@ from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 from rows import rows_of
 
-from harness.points import Point
+from harness.errors import SpecError
 from harness.search import SearchStudy
-from harness.spec import SpecError
 from harness.study import open_storage
+from harness.sweep.point import Point
 
 SHORT = TRADE_OFF.replace("n_trials: 60", "n_trials: 12")
 SINGLE = SHORT.replace(", {metric: tokens_per_s, direction: maximize}", "")

@@ -7,8 +7,8 @@ from rows import rows_of
 from scipy import stats
 
 from harness.findings import findings
-from harness.points import Point
 from harness.store import COLUMNS
+from harness.sweep.point import Point
 from harness.tables import point_table
 
 SHAPE = {"preset": "1m", "d_model": 128, "d_ffn": 384, "n_layers": 4, "n_heads": 4, "batch": 2, "seq_len": 64}

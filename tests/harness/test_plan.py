@@ -13,11 +13,11 @@ from harness.cli import app
 from harness.data import find, prepare
 from harness.estimate import START_SECONDS, History, step_flops
 from harness.plan_view import Plan, duration
-from harness.points import Point
 from harness.predict import head_saved_bytes, layer_saved_bytes, predict_peak, saved_by_formula
 from harness.rows import COLUMNS, typed
-from harness.spec import parse_sweep
 from harness.store import Store, read_rows
+from harness.sweep.load import parse_sweep
+from harness.sweep.point import Point
 from harness.text import size
 from moc.config import LlamaConfig
 from moc.llama import Llama

@@ -5,9 +5,10 @@ import dataclasses
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.grid import expand
-from harness.points import Point, group_points
-from harness.spec import Part, parse_sweep
+from harness.sweep.grid import expand
+from harness.sweep.load import parse_sweep
+from harness.sweep.model import Part
+from harness.sweep.point import Point, group_points
 
 
 def part(text: str) -> Part:

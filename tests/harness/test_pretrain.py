@@ -18,9 +18,10 @@ import torch
 
 from harness.data import prepare
 from harness.data.batches import evaluation_text
-from harness.job import Job, MeasureSettings
-from harness.metrics import METRICS
-from harness.points import Point
+from harness.job import Job
+from harness.sweep.metrics import METRICS
+from harness.sweep.model import Measure
+from harness.sweep.point import Point
 from harness.training import evaluate
 from harness.workloads import pretrain
 from moc.layers.dense import DenseFFN
@@ -107,11 +108,11 @@ POINT = Point(
 )
 
 
-def run(source: str, folder: Path, settings: MeasureSettings | None = None, **values: Any) -> FakeReporter:
+def run(source: str, folder: Path, settings: Measure | None = None, **values: Any) -> FakeReporter:
     """Run the workload on one tiny point."""
     point = dataclasses.replace(POINT, **values)
     report = FakeReporter()
-    settings = settings or MeasureSettings()
+    settings = settings or Measure()
     pretrain.run(Job("sweep", "run", 1, (point,), settings, "cpu", str(folder), source), report)
     assert report.started == [point]
     assert [item[0] for item in report.finished] == [point]
@@ -249,7 +250,7 @@ def test_incomplete_jobs_are_refused(source: str, tmp_path: Path) -> None:
     """A point without a training budget, or two points at once, are named."""
     with pytest.raises(ValueError, match="pretrain: train_tokens is missing from the point"):
         run(source, tmp_path, train_tokens=None)
-    two = Job("sweep", "run", 1, (POINT, POINT), MeasureSettings(), "cpu", str(tmp_path), source)
+    two = Job("sweep", "run", 1, (POINT, POINT), Measure(), "cpu", str(tmp_path), source)
     with pytest.raises(ValueError, match="one point per job, not 2"):
         pretrain.run(two, FakeReporter())
 
@@ -257,7 +258,7 @@ def test_incomplete_jobs_are_refused(source: str, tmp_path: Path) -> None:
 def test_killed_point_goes_on_from_its_checkpoint(source: str, tmp_path: Path) -> None:
     """After a kill, the next attempt trains only what was missing and reports what an unbroken one does."""
     whole = run(source, tmp_path)
-    settings = MeasureSettings(checkpoint_seconds=0.0)
+    settings = Measure(checkpoint_seconds=0.0)
 
     class Killed(Exception):
         pass
@@ -301,7 +302,7 @@ def test_a_rival_by_module_path_is_trained(
 
 def test_the_channels_a_batch_needs_are_measured_when_asked(source: str, tmp_path: Path) -> None:
     """With `union` a selecting method reports a curve from K for one token to at most all for sixteen."""
-    settings = MeasureSettings(memory=False, union=True)
+    settings = Measure(memory=False, union=True)
     report = run(source, tmp_path, settings, method="moc_reference", selection="topk:0.25")
     curve, batches = report.curves["union_share"]
     assert batches == list(range(1, 17))
@@ -314,7 +315,7 @@ def test_the_channels_a_batch_needs_are_measured_when_asked(source: str, tmp_pat
 
 def test_too_little_text_for_a_batch_is_said_before_training(source: str, tmp_path: Path) -> None:
     """Fewer windows than the largest batch has tokens is unsupported, and no step is run."""
-    settings = MeasureSettings(memory=False, union=True)
+    settings = Measure(memory=False, union=True)
     report = run(source, tmp_path, settings, method="moc_reference", selection="topk:0.25", eval_tokens=64)
     assert report.finished[0][1] == "unsupported"
     assert "needs 16 windows of validation text; there are 4" in report.finished[0][2]

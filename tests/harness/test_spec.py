@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from harness.spec import MAX_FILE_BYTES, Range, SpecError, load_sweep, parse_sweep, sweep_text
+from harness.errors import SpecError
+from harness.sweep.load import MAX_FILE_BYTES, load_sweep, parse_sweep
+from harness.sweep.model import Range, sweep_text
 
 GOOD = """\
 version: 1

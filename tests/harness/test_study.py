@@ -8,8 +8,10 @@ import optuna
 import pytest
 from rows import rows_of, train_point
 
-from harness.spec import Part, SpecError, Sweep, parse_sweep
+from harness.errors import SpecError
 from harness.study import PartStudy, open_storage
+from harness.sweep.load import parse_sweep
+from harness.sweep.model import Part, Sweep
 
 GRID = """\
 version: 1

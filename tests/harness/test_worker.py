@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from rows import train_point
 
-from harness.job import Job, MeasureSettings
-from harness.points import Point
-from harness.spec import Limits
+from harness.job import Job
+from harness.sweep.model import Limits, Measure, Timing
+from harness.sweep.point import Point
 from harness.worker import Finished, Listener, run_job
 
 HERE = str(Path(__file__).parent)
@@ -25,7 +25,7 @@ def outcomes(folder: Path, points: list[Point], limits: Limits, **settings: Any)
     """Run the points as one group; what was said of each, by method."""
     heard: list[Finished] = []
     listener = Listener(heard.append, lambda record: None, lambda *args: None)
-    measure = MeasureSettings(rel_ci=0.9, max_seconds=0.05, **settings)
+    measure = Measure(timing=Timing(rel_ci=0.9, max_seconds=0.05), **settings)
     job = Job("t", "r", 1, tuple(points), measure, "cpu", str(folder))
     run_job(job, folder, limits, listener, device_name="D", environment={"OMP_NUM_THREADS": "1"})
     assert len({outcome.point.key for outcome in heard}) == len(heard)

@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.job import Job, MeasureSettings
+from harness.job import Job
 from harness.measure import launch, roofline
-from harness.metrics import PRIMARY_METRIC
-from harness.plan import GROUPED_WORKLOADS
-from harness.points import Point
 from harness.regression.budget.check import Facts
+from harness.sweep.catalog import GROUPED_WORKLOADS, PRIMARY_METRIC
+from harness.sweep.model import Measure, Timing
+from harness.sweep.point import Point
 from harness.trial import run_job
 
 _FFN: dict[str, Any] = {"d_model": 16, "d_ffn": 48, "n_layers": 1, "dtype": "fp32", "seed": 0, "preset": None}
@@ -63,7 +63,7 @@ def collect() -> Facts:
 
 def _metrics(points: Sequence[Point], folder: str, source: str) -> dict[str, list[str]]:
     """The metrics of the rows that one job leaves for each of its points, by point_key."""
-    measure = MeasureSettings(rel_ci=10.0, max_seconds=5.0)
+    measure = Measure(timing=Timing(rel_ci=0.99, max_seconds=5.0))
     stream = io.StringIO()
     if run_job(Job("budget", "run", 1, tuple(points), measure, "cpu", folder, source), stream):
         raise RuntimeError(f"{points[0].label} or a rival crashed; the traceback stands above")

@@ -8,15 +8,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import pandas as pd
-
-from harness.points import Point
-from harness.spec import INTEGER_AXES, WHOLE_MODEL, AxisValue, Part, Range
+from harness.sweep.catalog import INTEGER_AXES, PRETRAIN_DEFAULTS, WHOLE_MODEL
+from harness.sweep.model import AxisValue, Part, Range
+from harness.sweep.point import Point
 from moc.config import get_preset
 from moc.methods import get_method
 from moc.selection import parse_selection
-
-PRETRAIN_DEFAULTS: dict[str, AxisValue] = {"vocab_size": 32000, "eval_tokens": 262_144, "lr": 1e-3}
 
 
 def expand(part: Part, data_ids: Mapping[int, str] | None = None) -> list[Point]:
@@ -121,10 +118,9 @@ def point_of_row(part: Part, row: Mapping[str, Any]) -> Point | None:
     values: dict[str, Any] = {}
     for field in dataclasses.fields(Point):
         value = row[field.name]
-        number = not isinstance(value, str)
-        values[field.name] = (
-            None if number and pd.isna(value) else value.item() if hasattr(value, "item") else value
-        )
+        if hasattr(value, "item"):  # of numpy
+            value = value.item()
+        values[field.name] = None if isinstance(value, float) and math.isnan(value) else value
     axis = part.axes.get("timing_mode", [part.fixed.get("timing_mode", "auto")])
     for mode in axis if isinstance(axis, list) else ():
         point = Point(**{**values, "timing_mode": mode})

@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from harness.errors import short
+
 MAX_DEPTH = 16  # of mappings and lists in each other; a sweep needs 6
 MAX_NUMBER = 2**53  # above, JSON readers no longer agree on a whole number
 
@@ -25,12 +27,6 @@ def load_yaml(text: str) -> Any:
         raise ValueError(f"{place}not YAML: {problem}") from error
     except (ValueError, LookupError) as error:  # a scalar that its tag cannot read, such as 2026-99-99
         raise ValueError(f"not YAML: {str(error) or type(error).__name__}") from error
-
-
-def short(value: Any) -> str:
-    """A value in an error message: as Python writes it, and no longer than 60 characters."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 class _StrictLoader(yaml.SafeLoader):

@@ -64,12 +64,5 @@ METRICS: dict[str, Metric] = {
     ),
 }
 
-# The metric a failed point of a workload is reported under, and the first one people look at.
-PRIMARY_METRIC: dict[str, str] = {
-    "ffn_train": "step_ms",
-    "ffn_decode": "latency_us",
-    "pretrain": "tokens_per_s",
-    "generate": "tokens_per_s",
-}
 
 STATUSES: tuple[str, ...] = ("ok", "oom", "unsupported", "wrong", "timeout", "crashed", "unstable")
