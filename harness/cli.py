@@ -163,7 +163,8 @@ def status(
     sweep: SweepArgument = None, device: DeviceOption = Device.auto, results: ResultsOption = RESULTS
 ) -> None:
     """What is measured and what failed, by device, with the last lines that failed processes wrote."""
-    from harness.store import failure_log, read_rows, wide
+    from harness.store.files import failure_log
+    from harness.store.frames import read_rows, wide
 
     console = Console(markup=False)  # what rows say is text, not markup
     _, model = _load(sweep, _device(device), None)
@@ -196,9 +197,9 @@ def report(
 ) -> None:
     """Write tables, plots and report again from the rows; `sweep` is a sweep file or a results folder."""
     from harness.dashboard import hang_pictures
-    from harness.folders import refuse_links
     from harness.report import write_report
-    from harness.store import export
+    from harness.store.folders import refuse_links
+    from harness.store.frames import export
     from harness.study import JOURNAL_NAME
 
     console = Console(markup=False)
@@ -245,7 +246,7 @@ def dashboard(
 ) -> None:
     """Open the Optuna dashboard on the sweep's studies, with its plots beside them."""
     from harness.dashboard import serve
-    from harness.folders import results_folder
+    from harness.store.folders import results_folder
 
     _, model = _load(sweep, _device(device), None)
     serve(results_folder(results, model.name), model.name, storage, host, port, _say)

@@ -26,8 +26,9 @@ _SERIES = (
 def crossovers(rows: pd.DataFrame) -> pd.DataFrame:
     """One line per device, shape, sparse method and selection that was decoded at several batches.
 
-    `rows` are as `harness.store.read_rows` gives them. Columns beside those that name the line: `smallest`
-    and `largest` batch measured, `x_smallest` and `x_largest` (speed against the fastest dense method there),
+    `rows` are as `harness.store.frames.read_rows` gives them. Columns beside those that name the line:
+    `smallest` and `largest` batch measured, `x_smallest` and `x_largest` (speed against the fastest dense
+    method there),
     `wins_to` (the largest batch up to which it wins at every measured one, NaN if it loses at the smallest)
     and `crossing` (the batch, between measured ones, at which the ratio first falls to 1.0, NaN if it does
     not). It wins at a batch where its ratio is above one with its whole interval.

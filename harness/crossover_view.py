@@ -11,7 +11,7 @@ from rich.table import Table
 from harness.crossover import crossover_table, crossovers
 from harness.errors import SpecError
 from harness.plot_crossover import crossover_plot
-from harness.store import read_rows, read_samples
+from harness.store.frames import read_rows, read_samples
 from harness.tables import point_table
 
 

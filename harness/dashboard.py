@@ -24,9 +24,9 @@ import pandas as pd
 from optuna_dashboard import wsgi
 
 from harness.errors import SpecError
-from harness.folders import refuse_links
 from harness.plot_trial import draw_trial
-from harness.store import read_rows, read_samples
+from harness.store.folders import refuse_links
+from harness.store.frames import read_rows, read_samples
 from harness.study import JOURNAL_NAME, Gallery, open_storage
 
 ARTIFACTS = "artifacts"

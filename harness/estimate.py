@@ -40,7 +40,7 @@ class History:
     """What is measured on one device, by method: where estimates come from."""
 
     def __init__(self, rows: pd.DataFrame, device_name: str) -> None:
-        """`rows` are those of any sweeps, as `harness.store.read_rows` gives them."""
+        """`rows` are those of any sweeps, as `harness.store.frames.read_rows` gives them."""
         own = rows[(rows["device_name"] == device_name) & rows["value"].notna()]
         self._points: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
         self._metrics: dict[str, dict[str, float]] = {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pandas as pd
 
 from harness import text
-from harness.rows import CPU_PREFIX
+from harness.measure.environment import CPU_PREFIX
 from harness.tables import (
     SEEDS_FOR_INTERVAL,
     failures,
@@ -28,9 +28,9 @@ NOISY_RATIO = 0.1
 def findings(rows: pd.DataFrame, samples: pd.DataFrame | None = None) -> list[str]:
     """What the rows of a sweep show, one sentence or two per item; devices are never mixed.
 
-    `rows` are the current rows of a sweep (`harness.store.read_rows`). Misaligned shapes and failed points
-    support no sentence except the one that counts them. Empty rows give an empty list. With the raw `samples`
-    the loss gap is paired over the windows of the validation text.
+    `rows` are the current rows of a sweep (`harness.store.frames.read_rows`). Misaligned shapes and failed
+    points support no sentence except the one that counts them. Empty rows give an empty list. With the raw
+    `samples` the loss gap is paired over the windows of the validation text.
     """
     sentences: list[str] = []
     if rows.empty:

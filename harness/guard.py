@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, NoReturn
 
-from harness.processes import environments, identity, is_gone
+from harness.store.processes import environments, identity, is_gone
 
 GUARD_VARIABLE = "MOCBENCH_GUARD_FD"
 # In the environment of all that a trial starts: who its runner is, and which of its trials. So what is left

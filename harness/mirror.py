@@ -8,9 +8,9 @@ from typing import Any
 
 from optuna.exceptions import StorageInternalError
 
-from harness.claims import Claims
-from harness.rows import PointPlace
 from harness.shared import Shared
+from harness.store.leases import Claims
+from harness.store.rows import PointPlace
 from harness.study import PartStudy
 from harness.sweep.model import Part, Sweep
 from harness.sweep.point import Point

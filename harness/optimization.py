@@ -20,8 +20,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from harness import pareto
-from harness.linefile import append_lines, read_lines
-from harness.rows import MEASURED
+from harness.store.lines import append_lines, read_lines
+from harness.store.rows import MEASURED
 from harness.sweep.grid import assignment_of, baseline_of, make_point, point_of_row
 from harness.sweep.metrics import METRICS
 from harness.sweep.model import Optimize, Part, part_name

@@ -16,8 +16,8 @@ _TRAIN, _EVAL = "train_loss_nats", "eval_loss_nats"
 def draw_trial(samples: pd.DataFrame, title: str, caption: str, path: Path) -> Plot | None:
     """Training and validation loss over tokens seen, of one run, as a PNG at `path`.
 
-    `samples` are the run's raw samples as `harness.store.read_samples` gives them. None, and no file, if it
-    has no training loss.
+    `samples` are the run's raw samples as `harness.store.frames.read_samples` gives them. None, and no file,
+    if it has no training loss.
     """
     curves = {name: samples[samples["metric"] == name].dropna(subset=["value"]) for name in (_TRAIN, _EVAL)}
     if curves[_TRAIN].empty:

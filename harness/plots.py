@@ -34,7 +34,7 @@ def draw_plots(
 ) -> list[Plot]:
     """Draw every plot that the rows of one device support into `folder/NAME{tail}.png`.
 
-    `rows` and `samples` are as `harness.store` reads them; `caption` says device, date and command.
+    `rows` and `samples` are as `harness.store.files` reads them; `caption` says device, date and command.
     """
     points = point_table(rows)
     summary = summarise(points)

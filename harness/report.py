@@ -24,7 +24,7 @@ from harness.optimization_report import Section, search_section, search_sentence
 from harness.plot_optimization import PLOT_NAMES as _SEARCH_PLOTS
 from harness.plots import draw_plots
 from harness.present import failure_table, headline_for_people, memory_formula_table, workload_table
-from harness.store import read_rows, read_samples
+from harness.store.frames import read_rows, read_samples
 from harness.sweep.model import part_name
 from harness.tables import headline_table, point_table, summarise
 

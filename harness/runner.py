@@ -20,9 +20,7 @@ from typing import Any
 from optuna.exceptions import StorageInternalError
 from rich.console import Console
 
-from harness.claims import Claims
 from harness.executors import MEANWHILE_SECONDS, run_on_ray, worker_environments
-from harness.folders import results_folder
 from harness.guard import end_orphans
 from harness.job import Job
 from harness.measure.environment import device_name
@@ -30,10 +28,13 @@ from harness.mirror import Mirror
 from harness.optimization import INFEASIBLE, record_pruned
 from harness.plan import Unit, grid_points, is_missing, prepare_data, units
 from harness.progress import SweepProgress
-from harness.rows import MEASURED
 from harness.search import Proposal, SearchStudy
 from harness.shared import Shared, open_shared
-from harness.store import RowStore, Store, copy_rows, export
+from harness.store.files import RowStore, Store, copy_rows
+from harness.store.folders import results_folder
+from harness.store.frames import export
+from harness.store.leases import Claims
+from harness.store.rows import MEASURED
 from harness.sweep.catalog import GROUPED_WORKLOADS
 from harness.sweep.model import Part, Sweep, sweep_text
 from harness.sweep.point import Point

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from optuna.storages import BaseStorage
 
-from harness.claims import FileBook, LeaseBook
-from harness.store import RowStore, Store
+from harness.store.files import RowStore, Store
+from harness.store.leases import FileBook, LeaseBook
 from harness.study import open_storage
 
 
@@ -27,7 +27,7 @@ def open_shared(folder: Path, sweep: str, url: str | None) -> Shared:
     """
     if url is None:
         return Shared(Store(folder), FileBook(folder), open_storage(folder))
-    from harness.database import Database, DatabaseBook, DatabaseStore
+    from harness.store.database import Database, DatabaseBook, DatabaseStore
 
     database = Database(url)
     with database.setting_up():  # Optuna makes its tables without asking whether another worker does

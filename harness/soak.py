@@ -31,10 +31,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from harness.measure.environment import device_name
-from harness.processes import environments
-from harness.rows import MEASURED
 from harness.soak_trial import DEVICE_VARIABLE, SECONDS_VARIABLE, expected_value
-from harness.store import RowStore, Store
+from harness.store.files import RowStore, Store
+from harness.store.processes import environments
+from harness.store.rows import MEASURED
 from harness.sweep.load import parse_sweep
 from harness.sweep.model import Sweep
 
@@ -102,8 +102,8 @@ def soak(points: int, workers: int, kills: int, seed: int, over: str, trial_seco
         options = ["--points", str(points), "--results", str(folder / "results")]
         store: RowStore = Store(folder / "results" / "soak")
         if over == "postgres":
-            from harness.database import Database, DatabaseStore
             from harness.postgres import PrivatePostgres
+            from harness.store.database import Database, DatabaseStore
 
             url = stack.enter_context(PrivatePostgres(folder / "postgres")).url
             options += ["--storage", url]

@@ -26,10 +26,10 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from sqlalchemy.exc import SQLAlchemyError
 
 from harness.errors import SpecError
-from harness.linefile import LOCK_POLL_SECONDS, cut_partial_line
 from harness.optimization import Outcome, Row, judge
-from harness.rows import MEASURED, counts_over
 from harness.samplers import make_pruner, make_sampler, space
+from harness.store.lines import LOCK_POLL_SECONDS, cut_partial_line
+from harness.store.rows import MEASURED, counts_over
 from harness.sweep.catalog import _GRID_OBJECTIVES
 from harness.sweep.metrics import METRICS
 from harness.sweep.model import Objective, Optimize, Part, Sweep, part_name, sweep_text

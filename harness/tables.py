@@ -16,7 +16,8 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
-from harness.store import MEASURED, wide
+from harness.store.files import MEASURED
+from harness.store.frames import wide
 from harness.sweep.catalog import _WORKLOADS, ALIGNMENT
 from harness.sweep.metrics import METRICS
 from moc.methods import METHODS
@@ -66,7 +67,7 @@ def family(selection: object) -> str:
 def point_table(rows: pd.DataFrame, samples: pd.DataFrame | None = None) -> pd.DataFrame:
     """One line per point with plain float metrics, what is derived from its shape, and its comparisons.
 
-    `rows` are the current rows of a sweep as `harness.store.read_rows` gives them. Every metric of
+    `rows` are the current rows of a sweep as `harness.store.frames.read_rows` gives them. Every metric of
     `harness.sweep.metrics` and its interval has a column, NaN where not measured. Added besides: `cell` (an
     id),
     `family`, `k_pct`, `is_dense`, `misaligned`, `measured`, `speed` (tokens/s), `peak_bytes` with
@@ -76,9 +77,9 @@ def point_table(rows: pd.DataFrame, samples: pd.DataFrame | None = None) -> pd.D
     `saved_change` against `saved_leanest` (fractions; the fastest dense stands in where `dense_as_fast` is
     false; `..._fastest` are against it always), `loss_gap` (nats) and `perplexity_change` (%).
 
-    With the raw `samples` of the sweep (`harness.store.read_samples`) the interval of `loss_gap` is that of
-    the differences window by window of the same validation text, and `gap_paired` is true; without them it
-    takes the two losses as independent, which makes it several times wider.
+    With the raw `samples` of the sweep (`harness.store.frames.read_samples`) the interval of `loss_gap` is
+    that of the differences window by window of the same validation text, and `gap_paired` is true; without
+    them it takes the two losses as independent, which makes it several times wider.
     """
     keys = ["device_name", "point_key"]
     points = wide(rows).merge(

@@ -10,7 +10,8 @@ from typing import Any
 
 import pandas as pd
 
-from harness.store import COLUMNS, Store, read_rows
+from harness.store.files import COLUMNS, Store
+from harness.store.frames import read_rows
 from harness.sweep.catalog import PRIMARY_METRIC
 from harness.sweep.metrics import METRICS
 from moc.config import PRESETS
@@ -91,7 +92,7 @@ def quality(loss: float, half: float | None = 0.02, untrained: float = 10.4) -> 
 
 
 def frame(*points: list[dict[str, Any]]) -> pd.DataFrame:
-    """Rows of points as a data frame, as `harness.store.read_rows` would give them."""
+    """Rows of points as a data frame, as `harness.store.frames.read_rows` would give them."""
     return pd.DataFrame([row for rows in points for row in rows], columns=list(COLUMNS))
 
 

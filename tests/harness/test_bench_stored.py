@@ -15,7 +15,7 @@ from harness.errors import SpecError
 from harness.regression.compare.sides import find_side, refuse_other_machine
 from harness.regression.compare.stored import compare_stored
 from harness.regression.history import levels, read_runs, write_history
-from harness.store import Store
+from harness.store.files import Store
 
 MACHINE: dict[str, Any] = {
     "device": "cuda",

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from harness.claims import Claims, FileBook, Leases, T
-from harness.processes import process_start
+from harness.store.leases import Claims, FileBook, Leases, T
+from harness.store.processes import process_start
 
 HOLD = """
-import sys; from pathlib import Path; from harness.claims import Claims, FileBook
+import sys; from pathlib import Path; from harness.store.leases import Claims, FileBook
 print(Claims(FileBook(Path(sys.argv[1]))).take(sys.argv[2:]), flush=True); sys.stdin.read()
 """
 

@@ -15,7 +15,7 @@ from harness.crossover_view import show
 from harness.errors import SpecError
 from harness.plot_crossover import crossover_plot, union_curves
 from harness.report import write_report
-from harness.store import Store
+from harness.store.files import Store
 from harness.tables import point_table
 
 TOPK = "topk:0.1875"

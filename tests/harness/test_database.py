@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 from rows import rows_of, train_point
 
-from harness.claims import Claims, FileBook, LeaseBook
-from harness.database import Database, DatabaseBook, DatabaseStore
 from harness.errors import SpecError
 from harness.postgres import NoPostgresError, PrivatePostgres
 from harness.shared import open_shared
-from harness.store import RowStore, Store, copy_rows, read_samples
+from harness.store.database import Database, DatabaseBook, DatabaseStore
+from harness.store.files import RowStore, Store, copy_rows
+from harness.store.frames import read_samples
+from harness.store.leases import Claims, FileBook, LeaseBook
 
 VALUES = {"forward_ms": 0.1 + 0.2, "step_ms": 2.0}
 KEY = train_point().key
@@ -146,7 +147,7 @@ def test_everything_is_read_however_many_pages_it_takes(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With pages of two, five outcomes come in order, each once."""
-    monkeypatch.setattr("harness.database.PAGE", 2)
+    monkeypatch.setattr("harness.store.database.PAGE", 2)
     store = DatabaseStore(database, "pages")
     for seed in range(5):
         store.append(rows_of(train_point(seed=seed), VALUES))
@@ -222,7 +223,7 @@ def test_a_server_that_stays_away_is_an_error_that_names_it(
 ) -> None:
     """After its patience an operation raises an OSError, as a full disk would."""
     store = DatabaseStore(database, "away")
-    monkeypatch.setattr("harness.database.PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr("harness.store.database.PATIENCE_SECONDS", 0.0)
     server.stop()
     try:
         with pytest.raises(ConnectionError, match="postgresql\\+psycopg://postgres@/postgres"):

@@ -13,7 +13,7 @@ from rows import train_point
 
 from harness.guard import end_orphans
 from harness.job import Job
-from harness.processes import process_start
+from harness.store.processes import process_start
 from harness.sweep.model import Limits, Measure
 from harness.worker import LOG_TAIL_LINES, Finished, Listener, run_job
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from rows import rows_of
 
-from harness.linefile import append_lines
 from harness.soak import Verdict, judge, soak_sweep
 from harness.soak_trial import expected_value
-from harness.store import Store
+from harness.store.files import Store
+from harness.store.lines import append_lines
 from harness.sweep.grid import expand
 from harness.sweep.point import Point
 

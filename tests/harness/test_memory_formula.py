@@ -5,7 +5,7 @@ import pytest
 from rows import rows_of
 
 from harness.memory_formula import memory_formula
-from harness.store import COLUMNS
+from harness.store.files import COLUMNS
 from harness.sweep.point import Point
 from harness.tables import point_table
 

@@ -23,7 +23,8 @@ from harness.optimization_text import (
     scope_sentence,
 )
 from harness.report import write_report
-from harness.store import Store, read_rows
+from harness.store.files import Store
+from harness.store.frames import read_rows
 from harness.sweep.model import sweep_text
 from harness.sweep.point import Point
 

@@ -14,7 +14,7 @@ from harness.measure.environment import device_name
 from harness.report import conclusions, write_report
 from harness.runner import RunOptions, Summary, run_sweep
 from harness.search import SearchStudy
-from harness.store import read_rows, wide
+from harness.store.frames import read_rows, wide
 from harness.study import JOURNAL_NAME, open_storage
 from harness.sweep.load import parse_sweep
 

@@ -7,7 +7,7 @@ from rows import rows_of
 from scipy import stats
 
 from harness.findings import findings
-from harness.store import COLUMNS
+from harness.store.files import COLUMNS
 from harness.sweep.point import Point
 from harness.tables import point_table
 

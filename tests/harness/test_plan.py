@@ -14,8 +14,9 @@ from harness.data import find, prepare
 from harness.estimate import START_SECONDS, History, step_flops
 from harness.plan_view import Plan, duration
 from harness.predict import head_saved_bytes, layer_saved_bytes, predict_peak, saved_by_formula
-from harness.rows import COLUMNS, typed
-from harness.store import Store, read_rows
+from harness.store.files import Store
+from harness.store.frames import read_rows, typed
+from harness.store.rows import COLUMNS
 from harness.sweep.load import parse_sweep
 from harness.sweep.point import Point
 from harness.text import size

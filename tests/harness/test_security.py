@@ -22,10 +22,11 @@ from harness.checkpoint import Checkpoints
 from harness.cli import app
 from harness.dashboard import guarded, hang_pictures, is_loopback
 from harness.errors import SpecError
-from harness.folders import refuse_links, results_folder
 from harness.progress import SweepProgress
 from harness.runner import RunOptions, run_sweep
-from harness.store import Store, read_rows
+from harness.store.files import Store
+from harness.store.folders import refuse_links, results_folder
+from harness.store.frames import read_rows
 from harness.study import PartStudy, open_storage
 from harness.sweep.load import parse_sweep
 from harness.sweep.strict_yaml import MAX_DEPTH

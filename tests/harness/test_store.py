@@ -8,8 +8,9 @@ import pandas as pd
 import pytest
 from rows import rows_of, train_point
 
-from harness.rows import COLUMNS
-from harness.store import Store, export, failure_log, read_raw, read_rows, read_samples, wide
+from harness.store.files import Store, failure_log
+from harness.store.frames import export, read_raw, read_rows, read_samples, wide
+from harness.store.rows import COLUMNS
 
 VALUES = {"step_ms": 2.0, "forward_ms": 0.5, "saved_activation_bytes_per_token": 100.0}
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import pandas as pd
-
 from harness.sweep.catalog import PRIMARY_METRIC
 from harness.sweep.metrics import METRICS, STATUSES
 
@@ -19,24 +17,6 @@ COLUMNS: tuple[str, ...] = (
     *("status", "detail"),
     *("device_name", "sm_clock_mhz", "throttled", "env_id", "started_at"),
 )
-_INTEGERS = (
-    *(
-        "schema_version",
-        "attempt",
-        "seed",
-        "d_model",
-        "d_ffn",
-        "n_layers",
-        "n_heads",
-        "k",
-        "batch",
-        "seq_len",
-    ),
-    *("tokens", "train_tokens", "eval_tokens", "vocab_size", "n_samples"),
-)
-_FLOATS = ("k_frac", "lr", "value", "ci_low", "ci_high", "sm_clock_mhz")
-_BOOLEANS = ("higher_is_better", "throttled")
-CPU_PREFIX = "CPU: "  # of a device_name that is no GPU's
 PointPlace = tuple[str, str]  # device_name, point_key
 BatchKey = tuple[str, int, str, str]  # run_id, attempt, device_name, point_key
 # A measured value stands behind these; the others are outcomes without one.
@@ -93,13 +73,3 @@ def checked(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: row[name] for name in COLUMNS} for row in rows if row is not last[0]] + [
         {name: last[0][name] for name in COLUMNS}
     ]
-
-
-def typed(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows with nullable column types, so that a missing number stays missing."""
-    types = {
-        **dict.fromkeys(_INTEGERS, "Int64"),
-        **dict.fromkeys(_FLOATS, "Float64"),
-        **dict.fromkeys(_BOOLEANS, "boolean"),
-    }
-    return rows.astype(types)

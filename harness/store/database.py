@@ -1,8 +1,8 @@
 """Rows and leases of a sweep in PostgreSQL, for workers on any number of hosts.
 
 The tables say the same as a results folder and are kept by the same rules: `DatabaseStore` is a
-`harness.store.RowStore`, `DatabaseBook` a `harness.claims.LeaseBook`. That a point is measured once is a
-unique index, so it holds whatever the workers do. A server that goes away and comes back within
+`harness.store.files.RowStore`, `DatabaseBook` a `harness.store.leases.LeaseBook`. That a point is measured
+once is a unique index, so it holds whatever the workers do. A server that goes away and comes back within
 `PATIENCE_SECONDS` is waited for.
 """
 
@@ -17,10 +17,10 @@ from typing import Any, TypeVar
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import insert
 
-from harness.claims import Leases
 from harness.errors import SpecError
-from harness.rows import MEASURED, PointPlace, checked, counts_over
-from harness.store import Batch
+from harness.store.files import Batch
+from harness.store.leases import Leases
+from harness.store.rows import MEASURED, PointPlace, checked, counts_over
 
 T = TypeVar("T")
 PATIENCE_SECONDS = 120.0

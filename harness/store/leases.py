@@ -23,8 +23,8 @@ from typing import Protocol, TypeVar
 
 import filelock
 
-from harness.linefile import LOCK_POLL_SECONDS
-from harness.processes import identity, is_gone
+from harness.store.lines import LOCK_POLL_SECONDS
+from harness.store.processes import identity, is_gone
 
 T = TypeVar("T")
 BEAT_SECONDS = 5.0
