@@ -335,7 +335,7 @@ def trial(job: Annotated[Path, typer.Argument(help="A job file (results/SWEEP/jo
 @data_app.command("stats")
 def data_stats(source: str = "stdlib", vocab_size: Annotated[int, typer.Option(min=257)] = 2048) -> None:
     """Documents, bytes and tokens of a text source."""
-    from harness.data import stats
+    from harness.training.data import stats
 
     table = Table("what", "value", title=source)
     for name, value in stats(source, vocab_size).items():
@@ -346,7 +346,7 @@ def data_stats(source: str = "stdlib", vocab_size: Annotated[int, typer.Option(m
 @data_app.command("prepare")
 def data_prepare(source: str = "stdlib", vocab_size: Annotated[int, typer.Option(min=257)] = 2048) -> None:
     """Train the tokenizer and tokenise a text source into the cache."""
-    from harness.data import prepare
+    from harness.training.data import prepare
 
     dataset = prepare(source, vocab_size)
     Console().print(f"data_id {dataset.data_id}: {len(dataset.train):,} training tokens", highlight=False)

@@ -50,8 +50,8 @@ def prepare_data(sweep: Sweep, say: Callable[[str], None]) -> dict[int, str]:
     sizes = sorted({size for part in sweep.parts for size in vocab_sizes(part)})
     if not sizes:
         return {}
-    from harness.data import SourceError, prepare
-    from harness.data.tokenizer import VocabularyError
+    from harness.training.data import SourceError, prepare
+    from harness.training.data.tokenizer import VocabularyError
 
     ids = {}
     for size in sizes:
@@ -68,8 +68,8 @@ def find_data(sweep: Sweep) -> dict[int, str]:
 
     Raises SpecError for a source or a vocabulary that cannot be used.
     """
-    from harness.data import SourceError, find
-    from harness.data.tokenizer import VocabularyError
+    from harness.training.data import SourceError, find
+    from harness.training.data.tokenizer import VocabularyError
 
     ids = {}
     for size in sorted({size for part in sweep.parts for size in vocab_sizes(part)}):

@@ -22,7 +22,6 @@ from rich.console import Console
 
 from harness.executors import MEANWHILE_SECONDS, run_on_ray, worker_environments
 from harness.guard import end_orphans
-from harness.job import Job
 from harness.measure.environment import device_name
 from harness.mirror import Mirror
 from harness.optimization import INFEASIBLE, record_pruned
@@ -40,6 +39,7 @@ from harness.sweep.model import Part, Sweep, sweep_text
 from harness.sweep.point import Point
 from harness.work import WAIT_SECONDS, Work
 from harness.worker import TRIAL_COMMAND, Finished, Listener, Stop, new_run_id, run_job
+from harness.workloads.job import Job
 
 # A trial that fails with less left on the disk has failed for that: the point is measured when there is room.
 LEAST_FREE_BYTES = 2**20

@@ -15,10 +15,11 @@ import time
 from pathlib import Path
 
 from harness import guard
-from harness.job import Job
 from harness.sweep.catalog import PRIMARY_METRIC
 from harness.sweep.point import Point
-from harness.trial import EventReporter, output_path
+from harness.trial import output_path
+from harness.workloads.job import Job
+from harness.workloads.reporter import EventReporter
 
 DEVICE_VARIABLE = "MOCBENCH_SOAK_DEVICE"
 SECONDS_VARIABLE = "MOCBENCH_SOAK_SECONDS"

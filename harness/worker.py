@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from harness.guard import GuardedProcess
-from harness.job import Job, write_job
 from harness.sweep.catalog import PRIMARY_METRIC
 from harness.sweep.model import Limits
 from harness.sweep.point import Point
-from harness.trial import EXIT_OOM, make_row, output_path
+from harness.trial import EXIT_OOM, output_path
+from harness.workloads.job import Job, write_job
+from harness.workloads.reporter import make_row
 
 POLL_SECONDS = 0.1
 LOG_TAIL_LINES = 40

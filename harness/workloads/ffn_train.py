@@ -13,14 +13,13 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from harness.job import Job, Reporter
 from harness.measure import gate, memory, roofline, stats
 from harness.measure.ffn import FfnTensors, TrainingCalls, ffn_weights, natural_tensors
 from harness.measure.launch import Contender, first_call_seconds, load_libraries
 from harness.measure.timing import PairedTimes, time_paired
 from harness.sweep.model import Measure
 from harness.sweep.point import Point
-from harness.workloads.ffn_group import (
+from harness.workloads.group import (
     Entry,
     Group,
     compiled,
@@ -36,6 +35,7 @@ from harness.workloads.ffn_group import (
     time_all,
     timing_settings,
 )
+from harness.workloads.job import Job, Reporter
 
 _QUANTITIES = ("forward", "backward", "step")
 _HIDDEN_SLACK = 2**20  # bytes: what rounding many blocks up to 512 bytes may add

@@ -18,10 +18,6 @@ import scipy.stats
 import torch
 from numpy.typing import ArrayLike
 
-from harness.checkpoint import Checkpoints
-from harness.data import prepare
-from harness.data.batches import bits_per_byte
-from harness.job import Job, Reporter
 from harness.measure.clocks import ClockReader, Conditions, any_throttled, median_sm_clock
 from harness.measure.memory import is_out_of_memory, peak_bytes, peak_rss_over_start_bytes, saved_bytes
 from harness.measure.stats import CONFIDENCE, RESAMPLES, Estimate, median_estimate
@@ -29,7 +25,10 @@ from harness.measure.union import LARGEST_BATCH, union_shares
 from harness.sweep.catalog import TRAINING_DTYPES
 from harness.sweep.point import Point
 from harness.sweep.support import _given, model_config
-from harness.training import (
+from harness.training.checkpoint import Checkpoints
+from harness.training.data import prepare
+from harness.training.data.batches import bits_per_byte
+from harness.training.trainer import (
     DivergedError,
     Evaluation,
     TrainConfig,
@@ -38,6 +37,7 @@ from harness.training import (
     autocast,
     evaluate,
 )
+from harness.workloads.job import Job, Reporter
 from moc.config import LlamaConfig
 from moc.llama import Llama
 from moc.methods import Method, get_method

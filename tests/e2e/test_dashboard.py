@@ -17,13 +17,13 @@ from typing import Any
 import optuna
 import pytest
 
-from harness.job import Job
 from harness.postgres import NoPostgresError, PrivatePostgres
 from harness.study import PartStudy, open_storage
 from harness.sweep.load import parse_sweep
 from harness.sweep.model import Measure
 from harness.sweep.point import Point
-from harness.trial import make_row
+from harness.workloads.job import Job
+from harness.workloads.reporter import make_row
 
 if "CI" not in os.environ:  # there it is installed, and a test that is skipped would hide that it is not
     pytest.importorskip("selenium")

@@ -13,10 +13,11 @@ import time
 from pathlib import Path
 
 from harness import guard
-from harness.job import Job
 from harness.sweep.catalog import PRIMARY_METRIC
 from harness.sweep.point import Point
-from harness.trial import EXIT_OOM, EventReporter, output_path
+from harness.trial import EXIT_OOM, output_path
+from harness.workloads.job import Job
+from harness.workloads.reporter import EventReporter
 
 SLEEP = [
     sys.executable,

@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from harness.job import Job
 from harness.sweep.catalog import PRIMARY_METRIC
 from harness.sweep.model import Measure
 from harness.sweep.point import Point
-from harness.trial import make_row
+from harness.workloads.job import Job
+from harness.workloads.reporter import make_row
 
 
 def train_point(method: str = "dense", selection: str | None = None, **changes: Any) -> Point:

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from harness.data.batches import TrainingBatches, bits_per_byte, evaluation_text
+from harness.training.data.batches import TrainingBatches, bits_per_byte, evaluation_text
 
 TOKENS = np.arange(1003, dtype=np.uint16)
 

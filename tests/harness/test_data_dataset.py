@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.data import corpus as corpus_module
-from harness.data.corpus import spool
-from harness.data.dataset import default_cache_root, prepare, stats
-from harness.data.sources import SourceError, parse_source
-from harness.data.tokenizer import (
+from harness.training.data import corpus as corpus_module
+from harness.training.data.corpus import spool
+from harness.training.data.dataset import default_cache_root, prepare, stats
+from harness.training.data.sources import SourceError, parse_source
+from harness.training.data.tokenizer import (
     END_OF_TEXT,
     END_OF_TEXT_ID,
     VocabularyError,

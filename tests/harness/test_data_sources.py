@@ -14,7 +14,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from harness.data.sources import Document, HubSource, SourceError, parse_source
+from harness.training.data.sources import Document, HubSource, SourceError, parse_source
 
 
 def write_jsonl(path: Path, texts: list[str]) -> Path:
@@ -202,7 +202,7 @@ class FakeHub(types.ModuleType):
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> FakeHub:
     """The fake package, importable as `datasets`."""
-    monkeypatch.setattr("harness.data.sources.VALIDATION_STREAM_BYTES", 1000)
+    monkeypatch.setattr("harness.training.data.sources.VALIDATION_STREAM_BYTES", 1000)
     fake = FakeHub()
     monkeypatch.setitem(sys.modules, "datasets", fake)
     return fake

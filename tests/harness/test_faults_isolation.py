@@ -12,10 +12,10 @@ import pytest
 from rows import train_point
 
 from harness.guard import end_orphans
-from harness.job import Job
 from harness.store.processes import process_start
 from harness.sweep.model import Limits, Measure
 from harness.worker import LOG_TAIL_LINES, Finished, Listener, run_job
+from harness.workloads.job import Job
 
 HERE = Path(__file__).parent
 COMMAND = (sys.executable, str(HERE / "fault_trial.py"))

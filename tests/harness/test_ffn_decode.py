@@ -6,11 +6,11 @@ import pytest
 import torch
 from test_ffn_train import Recorder, point
 
-from harness.job import Job
 from harness.measure import launch, roofline
 from harness.sweep.model import Measure, Timing
 from harness.sweep.point import Point
 from harness.workloads import ffn_decode
+from harness.workloads.job import Job
 from moc.config import FfnShape
 from moc.layers.int8 import quantize_rows
 from moc.methods import METHODS

@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 import torch
 
-from harness.job import Job
 from harness.measure import launch, roofline
 from harness.measure.ffn import natural_tensors
 from harness.sweep.metrics import METRICS, STATUSES
 from harness.sweep.model import Measure, Timing
 from harness.sweep.point import Point
 from harness.workloads import ffn_train
+from harness.workloads.job import Job
 from moc.config import FfnShape
 
 D, D_FFN, BATCH, SEQ = 16, 48, 2, 32

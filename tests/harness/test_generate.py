@@ -10,7 +10,6 @@ from test_ffn_train import Recorder, point
 from torch import Tensor
 
 from harness.errors import SpecError
-from harness.job import Job
 from harness.measure import launch
 from harness.measure.launch import Contender, CpuSampler
 from harness.plan import units
@@ -20,9 +19,10 @@ from harness.sweep.model import Measure, Timing
 from harness.sweep.point import Point
 from harness.sweep.support import unsupported_reason
 from harness.workloads import generate
-from harness.workloads.ffn_group import with_weights
 from harness.workloads.generate_gate import check_decoding, find_truth, relative_errors
 from harness.workloads.generate_model import ffn_tensors, model_on, random_weights
+from harness.workloads.group import with_weights
+from harness.workloads.job import Job
 from moc.config import LlamaConfig
 from moc.decoding import GreedyDecoder
 from moc.llama import Llama

@@ -4,9 +4,9 @@ import pytest
 import torch
 from test_ffn_train import Recorder, point
 
-from harness.job import Job
 from harness.sweep.model import Measure, Timing
 from harness.workloads import generate
+from harness.workloads.job import Job
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,7 +10,6 @@ import torch
 from test_ffn_train import Recorder, point
 from torch import Tensor
 
-from harness.job import Job
 from harness.measure import gate, memory, roofline, selftest, stats
 from harness.measure.clocks import ClockReader
 from harness.measure.ffn import TrainingCalls, ffn_weights, natural_tensors
@@ -18,6 +17,7 @@ from harness.measure.launch import Contender
 from harness.measure.timing import PairedTimes, TimingSettings, open_sampler, time_paired
 from harness.sweep.model import Measure, Timing
 from harness.workloads import ffn_decode, ffn_train
+from harness.workloads.job import Job
 from moc.config import FfnShape
 from moc.layers.dense import DenseFFN
 from moc.methods import METHODS

@@ -10,7 +10,6 @@ from rows import rows_of, train_point
 from typer.testing import CliRunner
 
 from harness.cli import app
-from harness.data import find, prepare
 from harness.estimate import START_SECONDS, History, step_flops
 from harness.plan_view import Plan, duration
 from harness.predict import head_saved_bytes, layer_saved_bytes, predict_peak, saved_by_formula
@@ -20,6 +19,7 @@ from harness.store.rows import COLUMNS
 from harness.sweep.load import parse_sweep
 from harness.sweep.point import Point
 from harness.text import size
+from harness.training.data import find, prepare
 from moc.config import LlamaConfig
 from moc.llama import Llama
 from moc.methods import get_method

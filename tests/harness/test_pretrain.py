@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 import torch
 
-from harness.data import prepare
-from harness.data.batches import evaluation_text
-from harness.job import Job
 from harness.sweep.metrics import METRICS
 from harness.sweep.model import Measure
 from harness.sweep.point import Point
-from harness.training import evaluate
+from harness.training.data import prepare
+from harness.training.data.batches import evaluation_text
+from harness.training.trainer import evaluate
 from harness.workloads import pretrain
+from harness.workloads.job import Job
 from moc.layers.dense import DenseFFN
 from moc.llama import Llama
 
@@ -44,11 +44,11 @@ class FakeReporter:
         self.reached: dict[int, dict[str, float]] = {}
 
     def start(self, point: Point) -> None:
-        """See `harness.job.Reporter`."""
+        """See `Reporter`."""
         self.started.append(point)
 
     def measure(self, point: Point, metric: str, value: float | None, **more: Any) -> None:
-        """See `harness.job.Reporter`."""
+        """See `Reporter`."""
         assert metric in METRICS
         assert metric not in self.rows
         self.rows[metric] = {"value": value, **more}
@@ -56,19 +56,19 @@ class FakeReporter:
     def samples(
         self, point: Point, metric: str, values: Sequence[float], x: Sequence[float] | None = None
     ) -> None:
-        """See `harness.job.Reporter`."""
+        """See `Reporter`."""
         self.curves[metric] = (list(values), None if x is None else list(x))
 
     def progress(self, point: Point, fraction: float, text: str = "") -> None:
-        """See `harness.job.Reporter`."""
+        """See `Reporter`."""
         self.fractions.append(fraction)
 
     def intermediate(self, point: Point, percent: int, values: dict[str, float]) -> None:
-        """See `harness.job.Reporter`."""
+        """See `Reporter`."""
         self.reached[percent] = values
 
     def finish(self, point: Point, status: str = "ok", detail: str = "") -> None:
-        """See `harness.job.Reporter`."""
+        """See `Reporter`."""
         self.finished.append((point, status, detail))
 
 

@@ -18,7 +18,6 @@ from rich.console import Console
 from rows import rows_of, train_point
 from typer.testing import CliRunner
 
-from harness.checkpoint import Checkpoints
 from harness.cli import app
 from harness.dashboard import guarded, hang_pictures, is_loopback
 from harness.errors import SpecError
@@ -30,6 +29,7 @@ from harness.store.frames import read_rows
 from harness.study import PartStudy, open_storage
 from harness.sweep.load import parse_sweep
 from harness.sweep.strict_yaml import MAX_DEPTH
+from harness.training.checkpoint import Checkpoints
 from harness.worker import Finished
 
 GOOD = """\

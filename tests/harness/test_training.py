@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from harness.checkpoint import Checkpoints
-from harness.data import TokenDataset, prepare
-from harness.data.batches import TrainingBatches, evaluation_text
-from harness.training import DivergedError, TrainConfig, Trainer, evaluate, make_optimizer
+from harness.training.checkpoint import Checkpoints
+from harness.training.data import TokenDataset, prepare
+from harness.training.data.batches import TrainingBatches, evaluation_text
+from harness.training.trainer import DivergedError, TrainConfig, Trainer, evaluate, make_optimizer
 from moc.config import LlamaConfig
 from moc.llama import Llama
 from moc.methods import get_method

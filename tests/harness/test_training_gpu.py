@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from harness.checkpoint import Checkpoints
-from harness.data import TokenDataset, prepare
-from harness.step_clock import LAG, StepClock
-from harness.training import DivergedError, TrainConfig, Trainer, TrainResult
+from harness.training.checkpoint import Checkpoints
+from harness.training.data import TokenDataset, prepare
+from harness.training.step_clock import LAG, StepClock
+from harness.training.trainer import DivergedError, TrainConfig, Trainer, TrainResult
 from harness.workloads.pretrain import PeakMeter
 from moc.config import LlamaConfig
 from moc.llama import Llama

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from rows import train_point
 
-from harness.job import Job
 from harness.sweep.model import Limits, Measure, Timing
 from harness.sweep.point import Point
 from harness.worker import Finished, Listener, run_job
+from harness.workloads.job import Job
 
 HERE = str(Path(__file__).parent)
 

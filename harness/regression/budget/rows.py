@@ -15,13 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.job import Job
 from harness.measure import launch, roofline
 from harness.regression.budget.check import Facts
 from harness.sweep.catalog import GROUPED_WORKLOADS, PRIMARY_METRIC
 from harness.sweep.model import Measure, Timing
 from harness.sweep.point import Point
 from harness.trial import run_job
+from harness.workloads.job import Job
 
 _FFN: dict[str, Any] = {"d_model": 16, "d_ffn": 48, "n_layers": 1, "dtype": "fp32", "seed": 0, "preset": None}
 _MODEL: dict[str, Any] = {**_FFN, "n_layers": 2, "n_heads": 2, "d_model": 32, "vocab_size": 300}

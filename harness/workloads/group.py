@@ -11,7 +11,6 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from harness.job import Job, Reporter
 from harness.measure import stats
 from harness.measure.clocks import any_throttled, median_sm_clock
 from harness.measure.ffn import DTYPES, FfnTensors, ffn_weights
@@ -19,6 +18,7 @@ from harness.measure.gate_data import chunk_rows
 from harness.measure.timing import ContenderFailed, PairedTimes, TimingSettings
 from harness.sweep.model import Measure
 from harness.sweep.point import Point
+from harness.workloads.job import Job, Reporter
 from moc.config import FfnShape
 from moc.layers.base import FfnWeights
 from moc.methods import Method, get_method

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.data.sources import Source, SourceError
+from harness.training.data.sources import Source, SourceError
 
 Progress = Callable[[str], None]
 

@@ -26,9 +26,9 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from harness.data.corpus import Corpus, Progress, spool
-from harness.data.sources import Source, parse_source
-from harness.data.tokenizer import (
+from harness.training.data.corpus import Corpus, Progress, spool
+from harness.training.data.sources import Source, parse_source
+from harness.training.data.tokenizer import (
     END_OF_TEXT_ID,
     MIN_VOCAB_SIZE,
     VocabularyError,
@@ -92,9 +92,9 @@ def prepare(
 ) -> TokenDataset:
     """Tokens of `source` under a tokenizer of `vocab_size` entries, from the cache or built now.
 
-    `source` is `stdlib`, `files:GLOB` or `hf:NAME...` (see `harness.data.sources`). `progress` is called
-    with a short text while something is built, and not at all on a cache hit. Any number of processes may
-    call this at once. Raises SourceError or VocabularyError (both ValueError) for input that cannot work.
+    `source` is `stdlib`, `files:GLOB` or `hf:NAME...` (see `harness.training.data.sources`). `progress` is
+    called with a short text while something is built, and not at all on a cache hit. Any number of processes
+    may call this at once. Raises SourceError or VocabularyError (both ValueError) for input that cannot work.
     """
     root, parsed, request = _request(source, vocab_size, cache_root)
     pointer = _pointer(root, request)

@@ -12,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.data.dataset import Tokens
+from harness.training.data.dataset import Tokens
 
 
 @lru_cache(maxsize=2)  # a batch may reach over the end of an epoch

@@ -20,11 +20,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from harness.checkpoint import Checkpoints
-from harness.data.batches import EvaluationText, TrainingBatches, evaluation_text
-from harness.data.dataset import TokenDataset
-from harness.step_clock import StepClock
 from harness.sweep.catalog import MIN_STEPS, TRAINING_DTYPES
+from harness.training.checkpoint import Checkpoints
+from harness.training.data.batches import EvaluationText, TrainingBatches, evaluation_text
+from harness.training.data.dataset import TokenDataset
+from harness.training.step_clock import StepClock
 
 WARM_UP_STEPS = 3  # compilation, cuBLAS and allocator set-up; not the warm-up of the learning rate
 MEMORY_STEPS = 2  # a step's peak repeats exactly, a second one catches what only a filled cache needs
