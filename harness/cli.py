@@ -198,9 +198,9 @@ def report(
     """Write tables, plots and report again from the rows; `sweep` is a sweep file or a results folder."""
     from harness.dashboard import hang_pictures
     from harness.report import write_report
+    from harness.search.storage import JOURNAL_NAME
     from harness.store.folders import refuse_links
     from harness.store.frames import export
-    from harness.study import JOURNAL_NAME
 
     console = Console(markup=False)
     folder = (

@@ -25,9 +25,10 @@ from optuna_dashboard import wsgi
 
 from harness.errors import SpecError
 from harness.plot_trial import draw_trial
+from harness.search.artifacts import Gallery
+from harness.search.storage import JOURNAL_NAME, open_storage
 from harness.store.folders import refuse_links
 from harness.store.frames import read_rows, read_samples
-from harness.study import JOURNAL_NAME, Gallery, open_storage
 
 ARTIFACTS = "artifacts"
 CURVES = "loss_curves.png"

@@ -10,11 +10,11 @@ import pandas as pd
 
 from harness import text
 from harness.errors import SpecError
-from harness.importances import importances
-from harness.optimization import Search, pruned_trials, read_search
 from harness.optimization_text import parameter_name, sentences, view_of
 from harness.plot_optimization import draw_search
 from harness.plot_style import Plot
+from harness.search.importances import importances
+from harness.search.outcome import Search, pruned_trials, read_search
 from harness.sweep.load import parse_sweep
 from harness.sweep.metrics import METRICS
 from harness.sweep.model import Objective, Part, part_name

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from harness import pareto, text
-from harness.optimization import Search, losses_of
+from harness import text
+from harness.search import pareto
+from harness.search.outcome import Search, losses_of
 from harness.sweep.metrics import METRICS
 from harness.sweep.model import Objective
 

@@ -12,7 +12,6 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from harness.optimization import Search
 from harness.optimization_text import (
     View,
     history,
@@ -25,6 +24,7 @@ from harness.optimization_text import (
     view_of,
 )
 from harness.plot_style import Board, Look, Mark, Plot, line_handle, look
+from harness.search.outcome import Search
 from harness.sweep.model import Range
 from harness.tables import family, is_dense
 
@@ -41,7 +41,7 @@ _WHISKER: dict[str, Any] = {"capsize": 2, "elinewidth": 0.9, "capthick": 0.9}
 def draw_search(search: Search, shares: pd.DataFrame, caption: str, folder: Path, tail: str) -> list[Plot]:
     """Draw the plots that a search supports into `folder/NAME{tail}.png`, in the order people read them.
 
-    `shares` are its importances (`harness.importances`), perhaps none.
+    `shares` are its importances (`harness.search.importances`), perhaps none.
     """
     if search.measured.empty:
         return []

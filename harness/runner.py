@@ -23,11 +23,11 @@ from rich.console import Console
 from harness.executors import MEANWHILE_SECONDS, run_on_ray, worker_environments
 from harness.guard import end_orphans
 from harness.measure.environment import device_name
-from harness.mirror import Mirror
-from harness.optimization import INFEASIBLE, record_pruned
 from harness.plan import Unit, grid_points, is_missing, prepare_data, units
 from harness.progress import SweepProgress
-from harness.search import Proposal, SearchStudy
+from harness.search.mirror import Mirror
+from harness.search.outcome import INFEASIBLE, record_pruned
+from harness.search.proposals import Proposal, SearchStudy
 from harness.shared import Shared, open_shared
 from harness.store.files import RowStore, Store, copy_rows
 from harness.store.folders import results_folder

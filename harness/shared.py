@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 from optuna.storages import BaseStorage
 
+from harness.search.storage import open_storage
 from harness.store.files import RowStore, Store
 from harness.store.leases import FileBook, LeaseBook
-from harness.study import open_storage
 
 
 class Shared(NamedTuple):

@@ -18,7 +18,8 @@ import optuna
 import pytest
 
 from harness.postgres import NoPostgresError, PrivatePostgres
-from harness.study import PartStudy, open_storage
+from harness.search.storage import open_storage
+from harness.search.study import PartStudy
 from harness.sweep.load import parse_sweep
 from harness.sweep.model import Measure
 from harness.sweep.point import Point

@@ -10,7 +10,7 @@ import optuna
 from optuna.storages import BaseStorage, InMemoryStorage
 from rows import rows_of
 
-from harness.search import Proposal, SearchStudy
+from harness.search.proposals import Proposal, SearchStudy
 from harness.sweep.load import parse_sweep
 from harness.sweep.model import Sweep
 from harness.sweep.point import Point

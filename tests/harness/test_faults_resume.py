@@ -18,11 +18,11 @@ from rich.console import Console
 
 from harness.measure.environment import device_name
 from harness.runner import RunOptions, Summary, run_sweep
+from harness.search.storage import open_storage
 from harness.store.files import Store
 from harness.store.frames import read_rows, read_samples
 from harness.store.leases import Claims
 from harness.store.lines import read_lines
-from harness.study import open_storage
 from harness.sweep.grid import expand
 from harness.sweep.load import parse_sweep
 from harness.sweep.model import Sweep

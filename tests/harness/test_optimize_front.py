@@ -19,7 +19,7 @@ from optimize_surface import (
 )
 from rows import rows_of
 
-from harness import pareto
+from harness.search import pareto
 from harness.sweep.point import Point
 
 REFERENCE = np.array([36.0, -700.0])  # perplexity, minus tokens/s: behind every point of the front

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness import pareto
+from harness.search import pareto
 
 POINTS = st.integers(1, 3).flatmap(
     lambda m: st.lists(st.tuples(*[st.integers(0, 5)] * m), min_size=1, max_size=7)

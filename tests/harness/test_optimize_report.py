@@ -11,8 +11,6 @@ from optimize_surface import TRADE_OFF, Measure, answer, k_frac, open_search, tr
 from PIL import Image
 from rows import rows_of
 
-from harness.importances import MIN_TRIALS, importances
-from harness.optimization import Search, read_search, record_pruned
 from harness.optimization_report import search_section
 from harness.optimization_text import (
     best_sentence,
@@ -23,6 +21,8 @@ from harness.optimization_text import (
     scope_sentence,
 )
 from harness.report import write_report
+from harness.search.importances import MIN_TRIALS, importances
+from harness.search.outcome import Search, read_search, record_pruned
 from harness.store.files import Store
 from harness.store.frames import read_rows
 from harness.sweep.model import sweep_text

@@ -9,7 +9,7 @@ import pytest
 from optimize_surface import TRADE_OFF, answer, k_frac, open_search, trade_off
 
 from harness.errors import SpecError
-from harness.optimization import judge, pruned_trials, read_search, record_pruned
+from harness.search.outcome import judge, pruned_trials, read_search, record_pruned
 from harness.store.files import Store
 from harness.store.frames import read_rows
 from harness.sweep.grid import assignment_of, baseline_of, make_point, point_of_row

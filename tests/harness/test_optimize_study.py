@@ -13,8 +13,8 @@ from optuna.trial import TrialState
 from rows import rows_of
 
 from harness.errors import SpecError
-from harness.search import SearchStudy
-from harness.study import open_storage
+from harness.search.proposals import SearchStudy
+from harness.search.storage import open_storage
 from harness.sweep.point import Point
 
 SHORT = TRADE_OFF.replace("n_trials: 60", "n_trials: 12")

@@ -23,10 +23,11 @@ from harness.dashboard import guarded, hang_pictures, is_loopback
 from harness.errors import SpecError
 from harness.progress import SweepProgress
 from harness.runner import RunOptions, run_sweep
+from harness.search.storage import open_storage
+from harness.search.study import PartStudy
 from harness.store.files import Store
 from harness.store.folders import refuse_links, results_folder
 from harness.store.frames import read_rows
-from harness.study import PartStudy, open_storage
 from harness.sweep.load import parse_sweep
 from harness.sweep.strict_yaml import MAX_DEPTH
 from harness.training.checkpoint import Checkpoints

@@ -9,7 +9,8 @@ import pytest
 from rows import rows_of, train_point
 
 from harness.errors import SpecError
-from harness.study import PartStudy, open_storage
+from harness.search.storage import open_storage
+from harness.search.study import PartStudy
 from harness.sweep.load import parse_sweep
 from harness.sweep.model import Part, Sweep
 

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from harness import pareto
+from harness.search import pareto
 from harness.store.lines import append_lines, read_lines
 from harness.store.rows import MEASURED
 from harness.sweep.grid import assignment_of, baseline_of, make_point, point_of_row

@@ -8,10 +8,10 @@ from typing import Any
 
 from optuna.exceptions import StorageInternalError
 
+from harness.search.study import PartStudy
 from harness.shared import Shared
 from harness.store.leases import Claims
 from harness.store.rows import PointPlace
-from harness.study import PartStudy
 from harness.sweep.model import Part, Sweep
 from harness.sweep.point import Point
 

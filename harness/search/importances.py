@@ -12,9 +12,9 @@ import pandas as pd
 from optuna.importance import PedAnovaImportanceEvaluator
 from optuna.trial import FrozenTrial, create_trial
 
-from harness import pareto
-from harness.optimization import Search
-from harness.samplers import space
+from harness.search import pareto
+from harness.search.outcome import Search
+from harness.search.samplers import space
 
 MIN_TRIALS = 12  # fewer say nothing about which half is better and why
 # The best share of trials that is told apart from the rest: fewer than five trials are too few to estimate a

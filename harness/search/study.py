@@ -9,33 +9,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mimetypes
-import re
-import uuid
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import filelock
 import optuna
-from optuna.artifacts import FileSystemArtifactStore
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
-from sqlalchemy.exc import SQLAlchemyError
 
-from harness.errors import SpecError
-from harness.optimization import Outcome, Row, judge
-from harness.samplers import make_pruner, make_sampler, space
-from harness.store.lines import LOCK_POLL_SECONDS, cut_partial_line
+from harness.search.outcome import Outcome, Row, judge
+from harness.search.samplers import make_pruner, make_sampler, space
 from harness.store.rows import MEASURED, counts_over
 from harness.sweep.catalog import _GRID_OBJECTIVES
 from harness.sweep.metrics import METRICS
 from harness.sweep.model import Objective, Optimize, Part, Sweep, part_name, sweep_text
 from harness.sweep.point import Point
 
-JOURNAL_NAME = "study.journal"
 _ATTRIBUTES = (
     "workload",
     "method",
@@ -48,53 +37,6 @@ _ATTRIBUTES = (
     "dtype",
     "seed",
 )
-
-
-class JournalLock:
-    """The lock of a journal's writers, which dies with its holder.
-
-    Optuna's own is a link that a killed process leaves behind, for the next one to wait on. A killed process
-    can also leave half a line, after which nobody could read the journal: the next writer cuts it off.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._lock = filelock.FileLock(f"{path}.lock")
-
-    def acquire(self) -> bool:
-        """Wait for the lock; always True."""
-        self._lock.acquire(poll_interval=LOCK_POLL_SECONDS)
-        cut_partial_line(self._path)
-        return True
-
-    def release(self) -> None:
-        """Let the next one write."""
-        self._lock.release()
-
-
-def open_storage(folder: Path, url: str | None = None) -> BaseStorage:
-    """The study's storage: the journal file of a results folder, or a database by URL.
-
-    Raises SpecError for SQLite, naming the journal as what to use instead, and for a database that is not
-    there.
-    """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    if url is None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            path = folder / JOURNAL_NAME
-            # Optuna asks for its abstract lock, which it does not export; these two methods are all of it.
-            return JournalStorage(JournalFileBackend(str(path), JournalLock(path)))  # type: ignore[arg-type]
-    if url.startswith("sqlite"):
-        raise SpecError(
-            f"--storage {url}: SQLite cannot be shared by workers; leave --storage out to use the journal"
-            " file, or name a PostgreSQL server (postgresql+psycopg://...)"
-        )
-    try:
-        return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})  # the server may have been restarted
-    except (SQLAlchemyError, ImportError) as error:
-        shown = re.sub(r"(?<=:)[^:/@]+(?=@)", "***", url)
-        raise SpecError(f"--storage {shown}: {str(error).partition(chr(10))[0]}") from error
 
 
 def objectives(part: Part, device: str) -> list[Objective]:
@@ -112,7 +54,7 @@ def objectives(part: Part, device: str) -> list[Objective]:
 class PartStudy:
     """The Optuna study of one part of a sweep: for a grid a view, one trial a point.
 
-    `harness.search.SearchStudy` is the study of a part that is optimised.
+    `harness.search.proposals.SearchStudy` is the study of a part that is optimised.
     """
 
     def __init__(
@@ -294,68 +236,6 @@ def write_note(trial: Trial, point: Point, rows: Sequence[Row], status: str, det
 def _figures(value: float) -> str:
     """Six figures, and no exponent for a count of bytes."""
     return f"{value:,.0f}" if 1e6 <= abs(value) < 1e15 else f"{value:,.6g}"
-
-
-class Gallery:
-    """Pictures beside the studies of one sweep and their trials, as artifacts that the dashboard shows.
-
-    A picture hangs once, however often it is brought: its id follows from its place and its file name.
-    """
-
-    def __init__(self, storage: BaseStorage, sweep_name: str, folder: Path) -> None:
-        """`folder` is where the files are kept; it is made if it is not there."""
-        folder.mkdir(parents=True, exist_ok=True)
-        self.storage = storage
-        self.store = FileSystemArtifactStore(folder)
-        self._sweep = sweep_name
-
-    def studies(self) -> dict[str, dict[str, str]]:
-        """Every study of the sweep by name, with its attributes: sweep, part, workload and mode."""
-        return {
-            study.study_name: dict(study.user_attrs)
-            for study in self.storage.get_all_studies()
-            if study.user_attrs.get("sweep") == self._sweep
-        }
-
-    def trials_without(self, study_name: str, file_name: str) -> dict[int, str]:
-        """Point key by trial number, of the complete trials at which no picture of that name hangs."""
-        study_id = self.storage.get_study_id_from_name(study_name)
-        hanging = self.storage.get_study_system_attrs(study_id)
-        found = self.storage.get_all_trials(study_id, deepcopy=False, states=(TrialState.COMPLETE,))
-        return {
-            trial.number: str(trial.user_attrs.get("point_key"))
-            for trial in found
-            if _place(study_name, file_name, trial)[0] not in hanging
-        }
-
-    def hang(self, study_name: str, picture: Path, trial: int | None = None) -> None:
-        """Copy a picture beside the study, or its trial of that number; one of its name is replaced."""
-        study_id = self.storage.get_study_id_from_name(study_name)
-        whose = None
-        if trial is not None:
-            whose = self.storage.get_trial(
-                self.storage.get_trial_id_from_study_id_trial_number(study_id, trial)
-            )
-        key, artifact_id = _place(study_name, picture.name, whose)
-        with picture.open("rb") as file:
-            self.store.write(artifact_id, file)
-        if key not in self.storage.get_study_system_attrs(study_id):
-            kind = mimetypes.guess_type(picture.name)[0]
-            record = {"artifact_id": artifact_id, "filename": picture.name, "mimetype": kind}
-            self.storage.set_study_system_attr(study_id, key, json.dumps({**record, "encoding": None}))
-
-
-def _place(study_name: str, file_name: str, trial: FrozenTrial | None) -> tuple[str, str]:
-    """The attribute of the study that lists a picture of it, or of its trial, and the picture's id.
-
-    `optuna.artifacts.upload_artifact` writes an attribute of the trial, which Optuna refuses once the trial
-    has ended, and pictures are drawn after that; the dashboard reads this one as well.
-    """
-    number = None if trial is None else trial.number
-    artifact_id = str(uuid.uuid5(uuid.NAMESPACE_OID, f"{study_name}/{number}/{file_name}"))
-    if trial is None:
-        return f"artifacts:{artifact_id}", artifact_id
-    return f"dashboard:artifacts:{trial._trial_id}:{artifact_id}", artifact_id
 
 
 def _label(study: optuna.Study, sweep: Sweep, part: Part) -> None:

@@ -20,10 +20,10 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import Trial, TrialState
 
 from harness.errors import SpecError, near_miss
-from harness.optimization import INFEASIBLE, Outcome, Row, against_dense, judge, trials_of
-from harness.samplers import RUNGS, generation_attributes
+from harness.search.outcome import INFEASIBLE, Outcome, Row, against_dense, judge, trials_of
+from harness.search.samplers import RUNGS, generation_attributes
+from harness.search.study import PartStudy, attributes, write_note
 from harness.store.rows import MEASURED
-from harness.study import PartStudy, attributes, write_note
 from harness.sweep.grid import baseline_of, make_point, point_of_row
 from harness.sweep.model import AxisValue, Optimize, Range, part_name
 from harness.sweep.point import Point
