@@ -98,7 +98,8 @@ def run(
     """Measure what is missing, then write tables, plots and the report."""
     from harness.dashboard import hang_pictures
     from harness.report import write_report
-    from harness.runner import RunOptions, run_sweep
+    from harness.run.options import RunOptions
+    from harness.run.runner import run_sweep
 
     console = Console()
     chosen = _device(device)
@@ -132,7 +133,8 @@ def worker(
     results: ResultsOption = RESULTS,
 ) -> None:
     """Help to measure a sweep until nothing of it is left; start any number, on any host, at any time."""
-    from harness.runner import RunOptions, run_worker
+    from harness.run.local import run_worker
+    from harness.run.options import RunOptions
 
     chosen = _device(device)
     _, model = _load(sweep, chosen, data)
@@ -327,7 +329,7 @@ def history(
 @app.command()
 def trial(job: Annotated[Path, typer.Argument(help="A job file (results/SWEEP/jobs/*.json).")]) -> None:
     """Run one job by hand in this process."""
-    from harness.trial import main as trial_main
+    from harness.run.trial import main as trial_main
 
     raise typer.Exit(trial_main([str(job)]))
 
@@ -374,7 +376,7 @@ def _load(sweep: Path | None, device: str, data: str | None) -> tuple[Path, Swee
 
 def _command(path: Path, data: str | None) -> str:
     """The command as others would type it: no path of this machine."""
-    from harness.plan import describe_source
+    from harness.run.text import describe_source
 
     shown = path if not path.is_absolute() else Path(path.name)
     return f"make sweep SWEEP={shown}" + (f" DATA={shlex.quote(describe_source(data))}" if data else "")

@@ -17,8 +17,9 @@ from rich.table import Table
 from harness import text
 from harness.estimate import START_SECONDS, History
 from harness.measure.environment import device_name
-from harness.plan import describe_source, find_data, grid_points, is_missing, largest_points, units
 from harness.predict import Peak, device_bytes, predict_peak
+from harness.run.plan import grid_points, is_missing, largest_points, units
+from harness.run.text import describe_source, find_data
 from harness.store.folders import results_folder
 from harness.store.frames import read_rows
 from harness.store.rows import COLUMNS, is_primary

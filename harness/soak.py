@@ -284,7 +284,9 @@ def _play(role: str, points: int, results: Path, storage: str | None, executor: 
     """Be a runner or a worker of the soak run."""
     from rich.console import Console
 
-    from harness.runner import RunOptions, run_sweep, run_worker
+    from harness.run.local import run_worker
+    from harness.run.options import RunOptions
+    from harness.run.runner import run_sweep
 
     options = RunOptions(
         results=results,

@@ -1,4 +1,4 @@
-"""The trial of a soak run: a stand-in for `harness.trial` that measures nothing and imports no PyTorch.
+"""The trial of a soak run: a stand-in for `harness.run.trial` that measures nothing and imports no PyTorch.
 
 Every point takes about as long as the soak run says, and has a value that follows from its key, so that a row
 in the wrong place shows. Each trial also starts a process of its own that would outlive it, half of them in a
@@ -14,10 +14,10 @@ import sys
 import time
 from pathlib import Path
 
-from harness import guard
+from harness.run import guard
+from harness.run.trial import output_path
 from harness.sweep.catalog import PRIMARY_METRIC
 from harness.sweep.point import Point
-from harness.trial import output_path
 from harness.workloads.job import Job
 from harness.workloads.reporter import EventReporter
 

@@ -6,10 +6,9 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from optuna.exceptions import StorageInternalError
-
+from harness.search.storage import Storage, StorageError
 from harness.search.study import PartStudy
-from harness.shared import Shared
+from harness.store.files import RowStore
 from harness.store.leases import Claims
 from harness.store.rows import PointPlace
 from harness.sweep.model import Part, Sweep
@@ -27,15 +26,16 @@ class Mirror:
         self,
         sweep: Sweep,
         parts: Iterable[tuple[Part, list[Point]]],
-        shared: Shared,
+        store: RowStore,
+        storage: Storage,
         claims: Claims,
         device: str,
     ) -> None:
-        """`parts` are those of `harness.plan.grid_points`, `device` is cpu or cuda."""
-        self._store = shared.store
+        """`parts` are every part of the sweep with its grid points, `device` is cpu or cuda."""
+        self._store = store
         self._claims = claims
         self._studies: list[tuple[PartStudy, dict[str, Point]]] = [
-            (PartStudy(sweep, part, shared.storage, device, points), {point.key: point for point in points})
+            (PartStudy(sweep, part, storage, device, points), {point.key: point for point in points})
             for part, points in parts
             if part.optimize is None
         ]
@@ -56,7 +56,7 @@ class Mirror:
                     study.sync(rows, [points[key] for key in points.keys() & (held | rows.keys())], held)
                     study.fail_stale(lambda: held)  # noqa: B023 - called at once
                     self._shown |= status
-        except (StorageInternalError, OSError) as error:
+        except (StorageError, OSError) as error:
             logging.getLogger(__name__).warning("the study is behind: %s", error)
             return False
         return True

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import filelock
 import optuna
+from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from sqlalchemy.exc import SQLAlchemyError
@@ -16,6 +17,8 @@ from harness.errors import SpecError
 from harness.store.lines import LOCK_POLL_SECONDS, cut_partial_line
 
 JOURNAL_NAME = "study.journal"
+Storage = BaseStorage
+StorageError = StorageInternalError  # the storage of the studies cannot be reached
 
 
 class JournalLock:
@@ -40,7 +43,7 @@ class JournalLock:
         self._lock.release()
 
 
-def open_storage(folder: Path, url: str | None = None) -> BaseStorage:
+def open_storage(folder: Path, url: str | None = None) -> Storage:
     """The study's storage: the journal file of a results folder, or a database by URL.
 
     Raises SpecError for SQLite, naming the journal as what to use instead, and for a database that is not

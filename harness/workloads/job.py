@@ -53,7 +53,7 @@ class Job:
 
 
 class Reporter(Protocol):
-    """What a workload calls to say what it measured. `harness.trial` implements it."""
+    """What a workload calls to say what it measured. `harness.run.trial` implements it."""
 
     def start(self, point: Point) -> None:
         """This point is about to use the device: if the process dies now, this point is to blame."""
@@ -92,7 +92,7 @@ class Reporter(Protocol):
 
 
 def write_job(job: Job, path: Path) -> None:
-    """Write the job where `harness.trial` will read it."""
+    """Write the job where `harness.run.trial` will read it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(job.to_json() + "\n", encoding="utf-8")
 

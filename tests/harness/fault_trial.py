@@ -12,10 +12,10 @@ import sys
 import time
 from pathlib import Path
 
-from harness import guard
+from harness.run import guard
+from harness.run.trial import EXIT_OOM, output_path
 from harness.sweep.catalog import PRIMARY_METRIC
 from harness.sweep.point import Point
-from harness.trial import EXIT_OOM, output_path
 from harness.workloads.job import Job
 from harness.workloads.reporter import EventReporter
 

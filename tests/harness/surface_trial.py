@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from harness.run.trial import output_path
 from harness.sweep.point import Point
-from harness.trial import output_path
 from harness.workloads.job import Job
 from harness.workloads.reporter import make_row
 

@@ -11,7 +11,7 @@ from rows import rows_of, train_point
 
 from harness.errors import SpecError
 from harness.postgres import NoPostgresError, PrivatePostgres
-from harness.shared import open_shared
+from harness.run.shared import open_shared
 from harness.store.database import Database, DatabaseBook, DatabaseStore
 from harness.store.files import RowStore, Store, copy_rows
 from harness.store.frames import read_samples

@@ -9,8 +9,8 @@ import pytest
 from rich.console import Console
 
 from harness.errors import SpecError
-from harness.executors import run_on_ray, worker_environments
-from harness.runner import RunOptions
+from harness.run.options import RunOptions, worker_environments
+from harness.run.ray import run_on_ray
 from harness.soak import soak_sweep
 
 

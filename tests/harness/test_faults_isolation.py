@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from rows import train_point
 
-from harness.guard import end_orphans
+from harness.run.guard import end_orphans
+from harness.run.supervise import LOG_TAIL_LINES, Finished, Listener, run_job
 from harness.store.processes import process_start
 from harness.sweep.model import Limits, Measure
-from harness.worker import LOG_TAIL_LINES, Finished, Listener, run_job
 from harness.workloads.job import Job
 
 HERE = Path(__file__).parent

@@ -17,7 +17,8 @@ import pytest
 from rich.console import Console
 
 from harness.measure.environment import device_name
-from harness.runner import RunOptions, Summary, run_sweep
+from harness.run.options import RunOptions, Summary
+from harness.run.runner import run_sweep
 from harness.search.storage import open_storage
 from harness.store.files import Store
 from harness.store.frames import read_rows, read_samples
@@ -180,7 +181,7 @@ def test_a_full_disk_stops_the_run_and_the_next_one_goes_on(
     """With no room for rows the run ends with the system's error; with room again just the rest is measured,
     and no point is called crashed because its process could not write."""
     # A run that could not give its leases back is this process, which lives on: they have to run out.
-    monkeypatch.setattr("harness.runner.Claims", functools.partial(Claims, lease_seconds=1.0))
+    monkeypatch.setattr("harness.run.runner.Claims", functools.partial(Claims, lease_seconds=1.0))
     with small_disk(tmp_path / "disk", 4 * 2**20) as disk:
         assert run(disk, sweep(2)).statuses == {"ok": 2}
         ballast = disk / "ballast"
@@ -201,11 +202,11 @@ def test_a_full_disk_stops_the_run_and_the_next_one_goes_on(
 
 PLAY = """
 import io, sys; from pathlib import Path; sys.path.insert(0, sys.argv[4])
-from rich.console import Console; from harness import runner; import test_faults_resume as tests
-options = runner.RunOptions(results=Path(sys.argv[3]), trial_command=tests.COMMAND)
-model = getattr(tests, sys.argv[2])(12)
-summary = getattr(runner, sys.argv[1])(model, options, Console(file=io.StringIO()))
-print(summary.total, summary.already_done + sum(summary.statuses.values()), summary.failed)
+from rich.console import Console; from harness.run import local, options, runner; import test_faults_resume as
+tests settings = options.RunOptions(results=Path(sys.argv[3]), trial_command=tests.COMMAND) model =
+getattr(tests, sys.argv[2])(12) summary = getattr(local if sys.argv[1] == "run_worker" else runner,
+sys.argv[1])(model, settings, Console(file=io.StringIO())) print(summary.total, summary.already_done +
+sum(summary.statuses.values()), summary.failed)
 """
 
 
@@ -295,7 +296,7 @@ def test_points_of_a_host_that_fell_silent_are_taken_over(
     abroad = "elsewhere another-boot:pid:[1]/1/1 x"
     holders = {f"{key}@{device_name('cpu')}": abroad for key in keys[:2]}
     (folder / "claims.json").write_text(json.dumps({"holders": holders, "beats": {abroad: 7}}))
-    monkeypatch.setattr("harness.runner.Claims", functools.partial(Claims, lease_seconds=2.0))
+    monkeypatch.setattr("harness.run.runner.Claims", functools.partial(Claims, lease_seconds=2.0))
     assert run(tmp_path, sweep(4)).statuses == {"ok": 4}
     assert [row["batch"] for row in read_lines(folder / "rows.jsonl")] == [3, 4, 1, 2]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from harness.errors import SpecError
 from harness.measure import launch
 from harness.measure.launch import Contender, CpuSampler
-from harness.plan import units
+from harness.run.plan import units
 from harness.sweep.grid import expand
 from harness.sweep.load import load_sweep, parse_sweep
 from harness.sweep.model import Measure, Timing

@@ -12,7 +12,8 @@ from rich.console import Console
 
 from harness.measure.environment import device_name
 from harness.report import conclusions, write_report
-from harness.runner import RunOptions, Summary, run_sweep
+from harness.run.options import RunOptions, Summary
+from harness.run.runner import run_sweep
 from harness.search.proposals import SearchStudy
 from harness.search.storage import JOURNAL_NAME, open_storage
 from harness.store.frames import read_rows, wide

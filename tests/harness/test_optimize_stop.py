@@ -8,9 +8,9 @@ from pathlib import Path
 
 from rows import train_point
 
+from harness.run.supervise import Finished, Listener, run_job
 from harness.sweep.model import Limits, Measure
 from harness.sweep.point import Point
-from harness.worker import Finished, Listener, run_job
 from harness.workloads.job import Job
 
 # Stands in for a training: it says how far it is, and then goes on as if for an hour.

@@ -21,8 +21,10 @@ from typer.testing import CliRunner
 from harness.cli import app
 from harness.dashboard import guarded, hang_pictures, is_loopback
 from harness.errors import SpecError
-from harness.progress import SweepProgress
-from harness.runner import RunOptions, run_sweep
+from harness.run.options import RunOptions
+from harness.run.progress import SweepProgress
+from harness.run.runner import run_sweep
+from harness.run.supervise import Finished
 from harness.search.storage import open_storage
 from harness.search.study import PartStudy
 from harness.store.files import Store
@@ -31,7 +33,6 @@ from harness.store.frames import read_rows
 from harness.sweep.load import parse_sweep
 from harness.sweep.strict_yaml import MAX_DEPTH
 from harness.training.checkpoint import Checkpoints
-from harness.worker import Finished
 
 GOOD = """\
 version: 1

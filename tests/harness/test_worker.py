@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from rows import train_point
 
+from harness.run.supervise import Finished, Listener, run_job
 from harness.sweep.model import Limits, Measure, Timing
 from harness.sweep.point import Point
-from harness.worker import Finished, Listener, run_job
 from harness.workloads.job import Job
 
 HERE = str(Path(__file__).parent)

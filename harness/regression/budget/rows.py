@@ -17,10 +17,10 @@ from typing import Any
 
 from harness.measure import launch, roofline
 from harness.regression.budget.check import Facts
+from harness.run.trial import run_job
 from harness.sweep.catalog import GROUPED_WORKLOADS, PRIMARY_METRIC
 from harness.sweep.model import Measure, Timing
 from harness.sweep.point import Point
-from harness.trial import run_job
 from harness.workloads.job import Job
 
 _FFN: dict[str, Any] = {"d_model": 16, "d_ffn": 48, "n_layers": 1, "dtype": "fp32", "seed": 0, "preset": None}

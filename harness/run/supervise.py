@@ -11,7 +11,6 @@ import dataclasses
 import json
 import os
 import signal
-import sys
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -19,11 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harness.guard import GuardedProcess
+from harness.run.guard import GuardedProcess
+from harness.run.trial import EXIT_OOM, TRIAL_COMMAND, output_path
 from harness.sweep.catalog import PRIMARY_METRIC
 from harness.sweep.model import Limits
 from harness.sweep.point import Point
-from harness.trial import EXIT_OOM, output_path
 from harness.workloads.job import Job, write_job
 from harness.workloads.reporter import make_row
 
@@ -33,8 +32,6 @@ LOG_TAIL_BYTES = 16384  # a progress bar that never ends its line can be long
 RETRIED = ("crashed", "timeout")
 # A failure whose log says more than its row.
 LOGGED = ("crashed", "timeout", "oom", "wrong")
-# What a trial's process runs; it gets the path of its job file.
-TRIAL_COMMAND = (sys.executable, "-m", "harness.trial")
 
 
 @dataclass(frozen=True)

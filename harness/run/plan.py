@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-from harness.errors import SpecError
 from harness.sweep.catalog import GROUPED_WORKLOADS, INTEGER_AXES
-from harness.sweep.grid import expand, make_point, vocab_sizes
+from harness.sweep.grid import expand, make_point
 from harness.sweep.model import AxisValue, Part, Range, Sweep
 from harness.sweep.point import Point, group_points
 from moc.methods import get_method
@@ -40,52 +38,6 @@ class Unit:
     def keys(self) -> list[str]:
         """The points it will leave rows for."""
         return [point.key for point in self.points]
-
-
-def prepare_data(sweep: Sweep, say: Callable[[str], None]) -> dict[int, str]:
-    """Tokenise the sweep's text for every vocabulary it needs; returns fingerprints by vocabulary size.
-
-    Raises SpecError naming the source if it cannot be read or is too small for the vocabulary.
-    """
-    sizes = sorted({size for part in sweep.parts for size in vocab_sizes(part)})
-    if not sizes:
-        return {}
-    from harness.training.data import SourceError, prepare
-    from harness.training.data.tokenizer import VocabularyError
-
-    ids = {}
-    for size in sizes:
-        say(f"text: {describe_source(sweep.data)}, vocabulary {size:,}")
-        try:
-            ids[size] = prepare(sweep.data, size, progress=say).data_id
-        except (SourceError, VocabularyError) as error:
-            raise SpecError(str(error)) from error
-    return ids
-
-
-def find_data(sweep: Sweep) -> dict[int, str]:
-    """As `prepare_data`, but only what is tokenised already: nothing is read, built or written.
-
-    Raises SpecError for a source or a vocabulary that cannot be used.
-    """
-    from harness.training.data import SourceError, find
-    from harness.training.data.tokenizer import VocabularyError
-
-    ids = {}
-    for size in sorted({size for part in sweep.parts for size in vocab_sizes(part)}):
-        try:
-            dataset = find(sweep.data, size)
-        except (SourceError, VocabularyError) as error:
-            raise SpecError(str(error)) from error
-        if dataset is not None:
-            ids[size] = dataset.data_id
-    return ids
-
-
-def describe_source(source: str) -> str:
-    """A text source without the path of this machine: only the last part of a `files:` pattern is kept."""
-    kind, _, rest = source.partition(":")
-    return f"files:{Path(rest).name}" if kind == "files" else source
 
 
 def is_missing(point: Point, status: Mapping[tuple[str, str], str], device_name: str, retry: str) -> bool:

@@ -1,34 +1,20 @@
-"""Where workers run: threads of this process with a part of the machine each, or actors of a Ray cluster."""
+"""Workers as actors of a Ray cluster."""
 
 from __future__ import annotations
 
-import os
+import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from rich.console import Console
 
 from harness.errors import SpecError
+from harness.run.local import run_worker
+from harness.run.options import MEANWHILE_SECONDS, RunOptions
 from harness.sweep.model import Sweep
-
-if TYPE_CHECKING:
-    from harness.runner import RunOptions
 
 # Once one worker finds nothing left, the others find the same when they look next.
 LAST_SECONDS = 60.0
-MEANWHILE_SECONDS = 2.0
-
-
-def worker_environments(device: str, workers: int | None) -> list[dict[str, str]]:
-    """What each worker's children get: one GPU each, or an equal share of the CPU's cores."""
-    if device != "cuda":
-        count = workers or 1
-        return [{"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count))}] * count
-    import torch
-
-    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = listed.split(",") if listed else [str(i) for i in range(torch.cuda.device_count())]
-    return [{"CUDA_VISIBLE_DEVICES": name} for name in names[: workers or len(names)]]
 
 
 def run_on_ray(sweep: Sweep, options: RunOptions, console: Console, meanwhile: Callable[[], object]) -> None:
@@ -82,8 +68,4 @@ class _RayWorker:
 
     def work(self, sweep: Sweep, options: Any) -> None:
         """Work the sweep off together with the others."""
-        import dataclasses
-
-        from harness.runner import run_worker
-
         run_worker(sweep, dataclasses.replace(options, workers=1, executor="local"), Console())

@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
+from harness.run.supervise import Finished
 from harness.store.files import MEASURED
 from harness.sweep.catalog import PRIMARY_METRIC
 from harness.sweep.metrics import METRICS
 from harness.sweep.point import Point
-from harness.worker import Finished
 
 
 class SweepProgress:

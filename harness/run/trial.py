@@ -1,6 +1,6 @@
 """One job in one process: JSON in, JSON lines out. Runnable by hand:
 
-    python -m harness.trial results/quick/jobs/JOB.json
+    python -m harness.run.trial results/quick/jobs/JOB.json
 
 reads the job, runs its workload, and appends events to the same path with the ending `.out.jsonl`.
 """
@@ -13,10 +13,12 @@ import traceback
 from pathlib import Path
 from typing import IO
 
-from harness import guard
+from harness.run import guard
 from harness.workloads.job import Job
 from harness.workloads.reporter import EventReporter
 
+# What starts the process of a trial; it gets the path of its job file.
+TRIAL_COMMAND = (sys.executable, "-m", "harness.run.trial")
 EXIT_OOM = 17
 
 
@@ -58,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Entry point; the only argument is the path of the job file."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if len(arguments) != 1:
-        print("usage: python -m harness.trial JOB.json", file=sys.stderr)
+        print("usage: python -m harness.run.trial JOB.json", file=sys.stderr)
         return 2
     guard.enter()
     path = Path(arguments[0])

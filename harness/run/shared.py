@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from optuna.storages import BaseStorage
-
-from harness.search.storage import open_storage
+from harness.search.storage import Storage, open_storage
 from harness.store.files import RowStore, Store
 from harness.store.leases import FileBook, LeaseBook
 
@@ -17,7 +15,7 @@ class Shared(NamedTuple):
 
     store: RowStore
     book: LeaseBook
-    storage: BaseStorage
+    storage: Storage
 
 
 def open_shared(folder: Path, sweep: str, url: str | None) -> Shared:
