@@ -97,7 +97,7 @@ def run(
 ) -> None:
     """Measure what is missing, then write tables, plots and the report."""
     from harness.dashboard import hang_pictures
-    from harness.report import write_report
+    from harness.report.build import write_report
     from harness.run.options import RunOptions
     from harness.run.runner import run_sweep
 
@@ -199,7 +199,7 @@ def report(
 ) -> None:
     """Write tables, plots and report again from the rows; `sweep` is a sweep file or a results folder."""
     from harness.dashboard import hang_pictures
-    from harness.report import write_report
+    from harness.report.build import write_report
     from harness.search.storage import JOURNAL_NAME
     from harness.store.folders import refuse_links
     from harness.store.frames import export
@@ -227,10 +227,51 @@ def crossover(
     folders: Annotated[list[Path], typer.Argument(help="Results folders; they are read together.")],
     plot: Annotated[Path | None, typer.Option("--plot", help="Also draw it, to this PNG file.")] = None,
 ) -> None:
-    """Say up to which batch each sparse method decodes faster than the fastest dense one."""
-    from harness.crossover_view import show
+    """Print up to which batch each sparse method decodes faster than the fastest dense one.
 
-    show(folders, Console(width=None if sys.stdout.isatty() else 180, markup=False), plot)
+    Folders are read together, so that the channels a batch needs, measured where a model was trained, stand
+    next to speeds measured elsewhere.
+    """
+    import pandas as pd
+
+    from harness.report.crossover import crossover_table, crossovers
+    from harness.report.plots.crossover import crossover_plot
+    from harness.report.points import point_table
+    from harness.store.frames import read_rows, read_samples
+
+    console = Console(width=None if sys.stdout.isatty() else 180, markup=False)
+    for folder in folders:
+        if not (folder / "rows.jsonl").exists() and not (folder / "rows.parquet").exists():
+            raise SpecError(
+                f"{folder}: has no rows; give a folder that `mocbench run` wrote, such as results/x"
+            )
+    rows = pd.concat([read_rows(folder) for folder in folders], ignore_index=True)
+    samples = pd.concat([read_samples(folder) for folder in folders], ignore_index=True)
+    found = crossovers(rows)
+    if found.empty:
+        raise SpecError(
+            f"{', '.join(map(str, folders))}: no sparse method was decoded at two batches or more beside a"
+            " dense one; sweeps/ffn_decode_h100.yaml and sweeps/generate_h100.yaml do that"
+        )
+    shown = crossover_table(found)
+    table = Table(*shown.columns)
+    for line in shown.itertuples(index=False):
+        table.add_row(*map(str, line))
+    console.print(table)
+    if plot is None:
+        return
+    devices = list(dict.fromkeys(found["device_name"]))
+    if len(devices) > 1:
+        raise SpecError(f"--plot: the rows are of {', '.join(devices)}; a plot shows one device")
+    own = rows[rows["workload"].isin(["ffn_decode", "generate"])]
+    dates = sorted({str(value)[:10] for value in own["started_at"].dropna()})
+    names = " ".join(folder.resolve().name for folder in folders)
+    caption = " · ".join(
+        [devices[0], " to ".join(dict.fromkeys((dates[0], dates[-1]))), f"crossover {names}"]
+    )
+    drawn = crossover_plot(rows, point_table(rows), samples, caption, plot)
+    if drawn is not None:
+        console.print(f"wrote {drawn.path}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -383,7 +424,7 @@ def _command(path: Path, data: str | None) -> str:
 
 
 def _print_findings(console: Console, folder: Path) -> None:
-    from harness.report import conclusions
+    from harness.report.build import conclusions
 
     for sentence in conclusions(folder):
         console.print(sentence, highlight=False)

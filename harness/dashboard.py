@@ -24,7 +24,7 @@ import pandas as pd
 from optuna_dashboard import wsgi
 
 from harness.errors import SpecError
-from harness.plot_trial import draw_trial
+from harness.report.plots.curves import draw_trial
 from harness.search.artifacts import Gallery
 from harness.search.storage import JOURNAL_NAME, open_storage
 from harness.store.folders import refuse_links

@@ -14,10 +14,10 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from harness import text
 from harness.estimate import START_SECONDS, History
 from harness.measure.environment import device_name
 from harness.predict import Peak, device_bytes, predict_peak
+from harness.report import wording
 from harness.run.plan import grid_points, is_missing, largest_points, units
 from harness.run.text import describe_source, find_data
 from harness.store.folders import results_folder
@@ -119,7 +119,7 @@ def _search_cells(part: Part, largest: list[Line], plan: Plan) -> tuple[str, str
     else:
         each = max(seconds) + START_SECONDS[plan.device]
         longest = f"about {duration(each * part.optimize.n_trials * len(part.seeds))}, without baselines"
-    return proposed, status, f"at most {text.size(max(peaks))}" if peaks else "", longest
+    return proposed, status, f"at most {wording.size(max(peaks))}" if peaks else "", longest
 
 
 def _summary(sweep: Sweep, plan: Plan, lines: list[Line]) -> list[str]:
@@ -144,7 +144,7 @@ def _summary(sweep: Sweep, plan: Plan, lines: list[Line]) -> list[str]:
         said.append(f"duration unknown: none of these methods is measured on {plan.device_name} yet")
     count = f"{len(full)} of them are" if full else "none of them is"
     if fresh:
-        said.append(f"{count} predicted to run out of the {text.size(plan.limit)} of {plan.device_name}")
+        said.append(f"{count} predicted to run out of the {wording.size(plan.limit)} of {plan.device_name}")
     for workload in dict.fromkeys(line.point.workload for line in lines):
         errors = [
             line.peak.row_bytes / line.measured_bytes - 1
@@ -154,7 +154,7 @@ def _summary(sweep: Sweep, plan: Plan, lines: list[Line]) -> list[str]:
         if errors:
             said.append(
                 f"memory formula against {len(errors)} measured peaks of {workload}:"
-                f" {text.signed(100 * min(errors), 1)} to {text.signed(100 * max(errors), 1)} %"
+                f" {wording.signed(100 * min(errors), 1)} to {wording.signed(100 * max(errors), 1)} %"
             )
     return said
 
@@ -182,11 +182,11 @@ def _fit(line: Line, limit: float) -> str:
 
 def _memory(line: Line) -> str:
     if line.measured_bytes is not None:
-        against = "" if line.peak is None else f", formula {text.size(line.peak.row_bytes)}"
-        return f"{text.size(line.measured_bytes)} measured{against}"
+        against = "" if line.peak is None else f", formula {wording.size(line.peak.row_bytes)}"
+        return f"{wording.size(line.measured_bytes)} measured{against}"
     if line.peak is None:
         return ""
-    return f"{text.size(line.peak.row_bytes)}{' if it saves what dense does' if line.peak.assumed else ''}"
+    return f"{wording.size(line.peak.row_bytes)}{' if it saves what dense does' if line.peak.assumed else ''}"
 
 
 def _duration(line: Line, limit: float) -> str:

@@ -10,13 +10,13 @@ from synthetic_rows import CPU, around, frame, point
 from typer.testing import CliRunner
 
 from harness.cli import app
-from harness.crossover import crossover_table, crossovers, independent_union
-from harness.crossover_view import show
 from harness.errors import SpecError
-from harness.plot_crossover import crossover_plot, union_curves
-from harness.report import write_report
+from harness.report.build import write_report
+from harness.report.crossover import crossover_table, crossovers, independent_union
+from harness.report.crossover_view import show
+from harness.report.plots.crossover import crossover_plot, union_curves
+from harness.report.points import point_table
 from harness.store.files import Store
-from harness.tables import point_table
 
 TOPK = "topk:0.1875"
 

@@ -9,18 +9,11 @@ import pandas as pd
 import pytest
 from synthetic_rows import CPU, GPU, around, frame, gpu_rows, point, quality, quick_rows
 
-from harness import text
-from harness.findings import findings
-from harness.present import workload_table
-from harness.tables import (
-    best_dense,
-    failures,
-    headline_table,
-    is_dense,
-    lead_lines,
-    point_table,
-    summarise,
-)
+from harness.report import wording
+from harness.report.findings import findings
+from harness.report.points import best_dense, is_dense, point_table
+from harness.report.present import workload_table
+from harness.report.summary import failures, headline_table, lead_lines, summarise
 
 TOPK = "topk:0.1875"
 
@@ -406,26 +399,26 @@ def test_the_default_k_speaks_for_the_sweep() -> None:
 @pytest.mark.parametrize(
     ("written", "expected"),
     [
-        (text.number(1234567, 4), "1,235,000"),
-        (text.number(0.01234), "0.0123"),
-        (text.number(0), "0"),
-        (text.number(math.nan), "–"),
-        (text.number(99.96), "100"),
-        (text.number(-2.5, 2), "−2.5"),
-        (text.signed(-0.0004, 3), "0.000"),
-        (text.signed(0.0126, 3), "+0.013"),
-        (text.percent(18.75), "18.75 %"),
-        (text.percent(25.0), "25 %"),
-        (text.size(1.5 * 2**30), "1.50 GiB"),
-        (text.size(300 * 2**20), "300 MiB"),
-        (text.tokens(40e6), "40M"),
-        (text.change([-0.2, -0.2]), "20 % below"),
-        (text.change([0.031, 0.052]), "3.1 to 5.2 % above"),
-        (text.change([-0.3, -0.1]), "10 to 30 % below"),
-        (text.change([-0.05, 0.02]), "from 5.0 % below to 2.0 % above"),
-        (text.change([0.0001]), "level with"),
-        (text.span([0.5, 0.71], text.ratio), "0.50x to 0.71x"),
-        (text.span([0.5], text.ratio), "0.50x"),
+        (wording.number(1234567, 4), "1,235,000"),
+        (wording.number(0.01234), "0.0123"),
+        (wording.number(0), "0"),
+        (wording.number(math.nan), "–"),
+        (wording.number(99.96), "100"),
+        (wording.number(-2.5, 2), "−2.5"),
+        (wording.signed(-0.0004, 3), "0.000"),
+        (wording.signed(0.0126, 3), "+0.013"),
+        (wording.percent(18.75), "18.75 %"),
+        (wording.percent(25.0), "25 %"),
+        (wording.size(1.5 * 2**30), "1.50 GiB"),
+        (wording.size(300 * 2**20), "300 MiB"),
+        (wording.tokens(40e6), "40M"),
+        (wording.change([-0.2, -0.2]), "20 % below"),
+        (wording.change([0.031, 0.052]), "3.1 to 5.2 % above"),
+        (wording.change([-0.3, -0.1]), "10 to 30 % below"),
+        (wording.change([-0.05, 0.02]), "from 5.0 % below to 2.0 % above"),
+        (wording.change([0.0001]), "level with"),
+        (wording.span([0.5, 0.71], wording.ratio), "0.50x to 0.71x"),
+        (wording.span([0.5], wording.ratio), "0.50x"),
     ],
 )
 def test_numbers_are_written_with_sensible_digits(written: str, expected: str) -> None:
@@ -446,4 +439,4 @@ def test_numbers_are_written_with_sensible_digits(written: str, expected: str) -
 )
 def test_commands_lose_the_paths_of_the_machine(command: str, expected: str) -> None:
     """Folders and servers go, file names and names of data sets stay."""
-    assert text.without_paths(command) == expected
+    assert wording.without_paths(command) == expected

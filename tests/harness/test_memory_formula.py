@@ -4,10 +4,10 @@ import pandas as pd
 import pytest
 from rows import rows_of
 
-from harness.memory_formula import memory_formula
+from harness.report.memory_formula import memory_formula
+from harness.report.points import point_table
 from harness.store.files import COLUMNS
 from harness.sweep.point import Point
-from harness.tables import point_table
 
 SHAPE = {"preset": "1m", "d_model": 128, "d_ffn": 384, "n_layers": 4, "n_heads": 4, "batch": 2, "seq_len": 64}
 

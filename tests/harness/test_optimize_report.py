@@ -11,8 +11,9 @@ from optimize_surface import TRADE_OFF, Measure, answer, k_frac, open_search, tr
 from PIL import Image
 from rows import rows_of
 
-from harness.optimization_report import search_section
-from harness.optimization_text import (
+from harness.report.build import write_report
+from harness.report.search.section import search_section
+from harness.report.search.words import (
     best_sentence,
     dense_sentence,
     history,
@@ -20,7 +21,6 @@ from harness.optimization_text import (
     progress_title,
     scope_sentence,
 )
-from harness.report import write_report
 from harness.search.importances import MIN_TRIALS, importances
 from harness.search.outcome import Search, read_search, record_pruned
 from harness.store.files import Store

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from harness.measure.environment import device_name
-from harness.report import conclusions, write_report
+from harness.report.build import conclusions, write_report
 from harness.run.options import RunOptions, Summary
 from harness.run.runner import run_sweep
 from harness.search.proposals import SearchStudy

@@ -6,10 +6,10 @@ import pytest
 from rows import rows_of
 from scipy import stats
 
-from harness.findings import findings
+from harness.report.findings import findings
+from harness.report.points import point_table
 from harness.store.files import COLUMNS
 from harness.sweep.point import Point
-from harness.tables import point_table
 
 SHAPE = {"preset": "1m", "d_model": 128, "d_ffn": 384, "n_layers": 4, "n_heads": 4, "batch": 2, "seq_len": 64}
 DENSE = Point("pretrain", "dense", None, dtype="fp32", seed=0, train_tokens=1000, **SHAPE)

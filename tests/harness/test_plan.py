@@ -13,12 +13,12 @@ from harness.cli import app
 from harness.estimate import START_SECONDS, History, step_flops
 from harness.plan_view import Plan, duration
 from harness.predict import head_saved_bytes, layer_saved_bytes, predict_peak, saved_by_formula
+from harness.report.wording import size
 from harness.store.files import Store
 from harness.store.frames import read_rows, typed
 from harness.store.rows import COLUMNS
 from harness.sweep.load import parse_sweep
 from harness.sweep.point import Point
-from harness.text import size
 from harness.training.data import find, prepare
 from moc.config import LlamaConfig
 from moc.llama import Llama

@@ -15,8 +15,9 @@ from matplotlib.axes import Axes
 from PIL import Image
 from synthetic_rows import CPU, around, curves, frame, gpu_rows, point, quality, quick_rows
 
-from harness.plot_style import Board, Look, Mark, Plot, look
-from harness.plots import draw_plots, front
+from harness.report.plots.draw import draw_plots
+from harness.report.plots.over_k import front
+from harness.report.plots.style import Board, Look, Mark, Plot, look
 from moc.methods import METHODS
 
 CAPTION = "Example GPU 80GB · 2026-11-24 · torch 2.11.0 · mocbench run sweeps/made_up.yaml"

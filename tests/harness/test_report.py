@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from synthetic_rows import CPU, GPU, curves, frame, gpu_rows, point, quality, write_results
 
-from harness.report import write_report
+from harness.report.build import write_report
 
 TOPK = "topk:0.1875"
 

@@ -23,7 +23,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from harness.text import series_label
+from harness.report.wording import series_label
 
 WIDTH_IN = 9.0  # shown at 900 pixels, a point of type is then 1.4 pixels
 DPI = 150
@@ -83,7 +83,7 @@ class Look:
 
 
 def look(method: str, rule: str, *, dense: bool) -> Look:
-    """The fixed look of a method with a rule (`family` of `harness.tables`)."""
+    """The fixed look of a method with a rule (`family` of `harness.report.points`)."""
     label = series_label(method, rule)
     if dense:
         color, line = _DENSE.get(method, ("#666666", (0, (2, 1))))

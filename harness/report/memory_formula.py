@@ -15,9 +15,10 @@ from harness.measure.memory import formula_error, predicted_peak
 def memory_formula(points: pd.DataFrame) -> pd.DataFrame:
     """One line per setting, sparse rule and dense rival of `pretrain` with both numbers known.
 
-    `points` is `harness.tables.point_table` of a sweep. Columns: preset, seq_len, method, selection, against,
-    measured_bytes and predicted_bytes, means over the seeds, and error (predicted over measured, minus one),
-    the one farthest from zero. Only allocator peaks count: a resident set holds more than tensors.
+    `points` is `harness.report.points.point_table` of a sweep. Columns: preset, seq_len, method, selection,
+    against, measured_bytes and predicted_bytes, means over the seeds, and error (predicted over measured,
+    minus one), the one farthest from zero. Only allocator peaks count: a resident set holds more than
+    tensors.
     """
     known = points[
         (points["workload"] == "pretrain")

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import pandas as pd
 
-from harness import text
-from harness.tables import SEEDS_FOR_INTERVAL, gaps_hold_zero, lead_lines
+from harness.report import wording
+from harness.report.summary import SEEDS_FOR_INTERVAL, gaps_hold_zero, lead_lines
 
 
 def _k(line: pd.Series) -> str:
-    return f"At K = {text.percent(line['k_pct'])}, {text.series_label(line['method'], line['family'])}"
+    return f"At K = {wording.percent(line['k_pct'])}, {wording.series_label(line['method'], line['family'])}"
 
 
 def _percent(changes: pd.Series) -> str:
-    return text.span(changes, lambda value: f"{text.signed(value, 1)} %")
+    return wording.span(changes, lambda value: f"{wording.signed(value, 1)} %")
 
 
 def _rival(lead: pd.DataFrame, who: str) -> str:
-    names = text.listing(list(dict.fromkeys(name for name in lead[who] if name)))
+    names = wording.listing(list(dict.fromkeys(name for name in lead[who] if name)))
     as_fast = "the leanest dense method at least as fast"
     return f"{names}, {as_fast if lead['dense_as_fast'].all() else 'the fastest dense method'}"
 
@@ -39,9 +39,9 @@ def k_title(summary: pd.DataFrame, metric: str) -> str:
             return f"{_k(line)}: no difference from dense in perplexity shows over {seeds} seeds"
         return f"{_k(line)} differs from dense by {_percent(compared[column])} in perplexity"
     if metric == "tokens_per_s":
-        reached = text.span(compared[column], text.ratio)
+        reached = wording.span(compared[column], wording.ratio)
         return f"{_k(line)} trains at {reached} the speed of the fastest dense method"
-    return f"{_k(line)}'s peak memory is {text.change(compared[column])} {_rival(compared, 'leanest')}"
+    return f"{_k(line)}'s peak memory is {wording.change(compared[column])} {_rival(compared, 'leanest')}"
 
 
 def pareto_title(known: pd.DataFrame) -> str:
@@ -67,8 +67,8 @@ def scaling_title(summary: pd.DataFrame) -> str:
     ends = [lead[lead["seq_len"] == length] for length in (lengths[0], lengths[-1])]
     if lead.empty or ends[0].empty or ends[1].empty:
         return f"Training speed from sequence length {lengths[0]:.0f} to {lengths[-1]:.0f}"
-    first, last = (text.span(end["x_best_dense"], text.ratio, text.DASH) for end in ends)
-    label = text.series_label(lead.iloc[0]["method"], lead.iloc[0]["family"])
+    first, last = (wording.span(end["x_best_dense"], wording.ratio, wording.DASH) for end in ends)
+    label = wording.series_label(lead.iloc[0]["method"], lead.iloc[0]["family"])
     if first == last:
         reach = f"from sequence length {lengths[0]:.0f} to {lengths[-1]:.0f}"
         return f"{label} stays at {first} the speed of the fastest dense method {reach}"
@@ -83,7 +83,9 @@ def loss_title(lead: pd.DataFrame, curves: pd.DataFrame) -> str:
     by_run = curves.sort_values("x").groupby(["point_key"])["value"]
     start, end = by_run.first(), by_run.last()
     verb = "falls" if (end < start).all() else "goes"
-    first, last = (text.span(values, lambda value: f"{value:.2f}", text.DASH) for values in (start, end))
+    first, last = (
+        wording.span(values, lambda value: f"{value:.2f}", wording.DASH) for values in (start, end)
+    )
     return f"Validation loss {verb} from {first} to {last} nats while training"
 
 
@@ -96,8 +98,8 @@ def gap_title(lead: pd.DataFrame, curves: pd.DataFrame) -> str:
     means = own[own["x"] > 0].groupby(["cell", "x"])["value"].mean()  # over the seeds
     ordered = means.groupby("cell")
     middle = ordered.apply(lambda values: values.iloc[(len(values) - 1) // 2])
-    halfway = text.span(middle, lambda value: text.signed(value, 3))
-    end = text.span(ordered.last(), lambda value: text.signed(value, 3))
+    halfway = wording.span(middle, lambda value: wording.signed(value, 3))
+    end = wording.span(ordered.last(), lambda value: wording.signed(value, 3))
     return f"{_k(line)} is {halfway} nats from dense halfway and {end} nats at the end"
 
 
@@ -106,12 +108,12 @@ def step_title(summary: pd.DataFrame) -> str:
     aligned = summary[~summary["misaligned"]]
     shown = aligned if not aligned.empty else summary
     best = shown.loc[shown.groupby("cell")["step_ms"].idxmin()]
-    names = [text.series_label(line["method"], line["selection"]) for _, line in best.iterrows()]
+    names = [wording.series_label(line["method"], line["selection"]) for _, line in best.iterrows()]
     distinct = list(dict.fromkeys(names))
     if len(distinct) == 1:
         return f"{distinct[0]} has the fastest FFN training step at every shape"
     counts = [f"{name} ({names.count(name)})" for name in distinct]
-    return f"Fastest FFN training step, by number of shapes: {text.listing(counts)}"
+    return f"Fastest FFN training step, by number of shapes: {wording.listing(counts)}"
 
 
 def saved_title(summary: pd.DataFrame) -> str:
@@ -121,12 +123,12 @@ def saved_title(summary: pd.DataFrame) -> str:
     if lead.empty:
         return "Bytes one FFN layer keeps for its backward pass"
     line, rival = lead.iloc[0], _rival(lead, "saved_leanest")
-    return f"{_k(line)}'s saved bytes are {text.change(lead['saved_change'])} {rival}"
+    return f"{_k(line)}'s saved bytes are {wording.change(lead['saved_change'])} {rival}"
 
 
 def ratio_note(lines: pd.DataFrame) -> str:
     """What the speeds against dense are, as a note begins: paired, quotients of two runs, or some of each."""
-    return text.by_pairing(
+    return wording.by_pairing(
         lines["paired"],
         every="Medians of paired ratios",
         some="Medians of paired ratios, or quotients of speeds where a faster dense method was measured"
@@ -141,7 +143,7 @@ def speedup_title(summary: pd.DataFrame) -> str:
     if rivals.empty:
         return "Speed of the dense methods against the fastest of them"
     best = rivals.loc[rivals.groupby("cell")["x_best_dense"].idxmax()]
-    reached = text.span(best["x_best_dense"], text.ratio)
+    reached = wording.span(best["x_best_dense"], wording.ratio)
     wins = int((best["x_best_dense_ci_low"].fillna(best["x_best_dense"]) > 1).sum())
     if wins == 0:
         return f"Nothing beats the fastest dense step: the best other method reaches {reached}"

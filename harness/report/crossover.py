@@ -12,9 +12,10 @@ from typing import Any
 
 import pandas as pd
 
-from harness import text
+from harness.report import wording
+from harness.report.points import point_table
+from harness.report.summary import in_order, summarise
 from harness.sweep.catalog import DECODING
-from harness.tables import in_order, point_table, summarise
 
 # Lines that differ in the batch alone; a prompt's length is one of a whole model only.
 _SERIES = (
@@ -40,7 +41,7 @@ def crossovers(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def decoded(rows: pd.DataFrame) -> pd.DataFrame:
-    """The lines of `harness.tables.summarise` that compare a sparse method's decoding with dense."""
+    """The lines of `harness.report.summary.summarise` that compare a sparse method's decoding with dense."""
     summary = summarise(point_table(rows)) if not rows.empty else pd.DataFrame()
     if summary.empty:
         return summary.reindex(columns=[*_SERIES, "batch", "cell", "family", "k_frac", "x_best_dense"])
@@ -88,15 +89,15 @@ def crossover_table(found: pd.DataFrame) -> pd.DataFrame:
         {
             "device": line["device_name"],
             "workload": line["workload"],
-            "model": text.cell_label(line, shape=True),
-            "seq_len": f"{line['seq_len']:.0f}" if line["workload"] == "generate" else text.DASH,
+            "model": wording.cell_label(line, shape=True),
+            "seq_len": f"{line['seq_len']:.0f}" if line["workload"] == "generate" else wording.DASH,
             "dtype": line["dtype"],
             "method": line["method"],
             "selection": line["selection"],
             "wins up to batch": _wins(line),
-            "crossing 1.0 at": text.number(line["crossing"], 2),
-            "x at smallest batch": f"{text.ratio(line['x_smallest'])} ({line['smallest']:.0f})",
-            "x at largest batch": f"{text.ratio(line['x_largest'])} ({line['largest']:.0f})",
+            "crossing 1.0 at": wording.number(line["crossing"], 2),
+            "x at smallest batch": f"{wording.ratio(line['x_smallest'])} ({line['smallest']:.0f})",
+            "x at largest batch": f"{wording.ratio(line['x_largest'])} ({line['largest']:.0f})",
         }
         for _, line in found.iterrows()
     ]

@@ -8,9 +8,9 @@ from typing import Any
 import pandas as pd
 from matplotlib.axes import Axes
 
-from harness import text
-from harness.plot_style import Board, Look, look
-from harness.tables import nearest_to_default
+from harness.report import wording
+from harness.report.plots.style import Board, Look, look
+from harness.report.summary import nearest_to_default
 
 # A panel title names these where they differ between panels; the batch only if the length does not fix it.
 CONDITIONS = ("seq_len", "batch", "dtype", "train_tokens", "vocab_size", "lr", "data_id")
@@ -24,7 +24,7 @@ def panels(summary: pd.DataFrame, conditions: Sequence[str] = CONDITIONS) -> dic
     titles: dict[str, str] = {}
     for _, line in summary.iterrows():
         off = " (misaligned)" if line["misaligned"] else ""
-        titles.setdefault(line["cell"], text.cell_label(line, varying) + off)
+        titles.setdefault(line["cell"], wording.cell_label(line, varying) + off)
     return titles
 
 
@@ -76,4 +76,4 @@ def with_k(style: Look, group: pd.DataFrame) -> str:
     """Name of a series shown at a single K."""
     if not style.marker or (group["family"] == "").all():
         return style.label
-    return f"{style.label}, K = {text.percent(group['k_pct'].iloc[0])}"
+    return f"{style.label}, K = {wording.percent(group['k_pct'].iloc[0])}"

@@ -8,11 +8,11 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.ticker import FuncFormatter
 
-from harness import text
-from harness.plot_panels import board_of, one_size_each, series_of, with_k
-from harness.plot_style import Plot, line_handle
-from harness.plot_titles import gap_title, loss_title
-from harness.tables import lead_lines
+from harness.report import wording
+from harness.report.plots.panels import board_of, one_size_each, series_of, with_k
+from harness.report.plots.style import Board, Plot, line_handle
+from harness.report.plots.titles import gap_title, loss_title
+from harness.report.summary import lead_lines
 
 
 def loss_curves(seeds: pd.DataFrame, samples: pd.DataFrame) -> pd.DataFrame:
@@ -46,7 +46,7 @@ def gap_over_tokens(summary: pd.DataFrame, curves: pd.DataFrame, caption: str, p
     gaps = gaps[~gaps["is_dense"]]
     note = "Below the line at 0, the fastest dense method: better than dense at that point. "
     several = summary["seeds"].max() > 1
-    note += "Thin: single seeds." if several else f"One seed: noise of {text.SEED_NOISE} unseen."
+    note += "Thin: single seeds." if several else f"One seed: noise of {wording.SEED_NOISE} unseen."
     y_name = "validation loss minus dense (nats/token)"
     return _curve_plot(summary, gaps, caption, path, gap_title, y_name, note)
 
@@ -81,7 +81,32 @@ def _curve_plot(
             board.legend(line_handle(style), with_k(style, group))
         if is_gap:
             axes.axhline(0, color="black", linewidth=1.4)
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: text.tokens(max(value, 0))))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: wording.tokens(max(value, 0))))
         axes.set_xlim(left=0)
     lead = lead_lines(shown)
     return board.save(path, title(lead, curves), caption, x="tokens seen in training", y=y_name, note=note)
+
+
+_TRAIN, _EVAL = "train_loss_nats", "eval_loss_nats"
+
+
+def draw_trial(samples: pd.DataFrame, title: str, caption: str, path: Path) -> Plot | None:
+    """Training and validation loss over tokens seen, of one run, as a PNG at `path`.
+
+    `samples` are the run's raw samples as `harness.store.frames.read_samples` gives them. None, and no file,
+    if it has no training loss.
+    """
+    curves = {name: samples[samples["metric"] == name].dropna(subset=["value"]) for name in (_TRAIN, _EVAL)}
+    if curves[_TRAIN].empty:
+        return None
+    board = Board([""], columns=1)
+    axes = board.axes[0]
+    (line,) = axes.plot(curves[_TRAIN]["x"], curves[_TRAIN]["value"], color="#8C8C8C", linewidth=1.0)
+    board.legend(line, "training batches")
+    (marks,) = axes.plot(
+        curves[_EVAL]["x"], curves[_EVAL]["value"], color="black", marker="o", linewidth=1.4, clip_on=False
+    )
+    board.legend(marks, "held-out text")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: wording.tokens(max(value, 0))))
+    axes.set_xlim(left=0)
+    return board.save(path, title, caption, x="tokens seen in training", y="loss (nats/token)")

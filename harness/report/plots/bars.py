@@ -9,9 +9,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter
 
-from harness import text
-from harness.plot_style import Board, Plot, line_handle, look
-from harness.plot_titles import ratio_note, saved_title, speedup_title, step_title
+from harness.report import wording
+from harness.report.plots.style import Board, Plot, line_handle, look
+from harness.report.plots.titles import ratio_note, saved_title, speedup_title, step_title
 
 _CONDITIONS = ("tokens", "seq_len", "dtype", "timing_mode")
 
@@ -42,13 +42,15 @@ def _titles(summary: pd.DataFrame) -> dict[str, str]:
     titles: dict[str, str] = {}
     for _, line in summary.iterrows():
         off = " (misaligned)" if line["misaligned"] else ""
-        titles.setdefault(line["cell"], text.cell_label(line, varying, shape=True) + off)
+        titles.setdefault(line["cell"], wording.cell_label(line, varying, shape=True) + off)
     return titles
 
 
 def _labels(summary: pd.DataFrame) -> list[str]:
     return list(
-        dict.fromkeys(text.series_label(line["method"], line["selection"]) for _, line in summary.iterrows())
+        dict.fromkeys(
+            wording.series_label(line["method"], line["selection"]) for _, line in summary.iterrows()
+        )
     )
 
 
@@ -87,13 +89,13 @@ def horizontal_bars(
         longest = part[metric].max()
         for _, line in part.iterrows():
             style = look(line["method"], line["family"], dense=line["is_dense"])
-            at = labels.index(text.series_label(line["method"], line["selection"]))
+            at = labels.index(wording.series_label(line["method"], line["selection"]))
             axes.barh(at, line[metric], color=style.color, hatch=style.hatch, edgecolor="white", height=0.72)
             end = line[metric]
             if line[f"{metric}_ci_low"] == line[f"{metric}_ci_low"]:
                 low, end = line[f"{metric}_ci_low"], line[f"{metric}_ci_high"]
                 axes.plot([low, end], [at, at], color="black", linewidth=1.2, marker="|", markersize=6)
-            words = f"{line[metric]:,.0f}" if metric.startswith("saved") else text.number(line[metric])
+            words = f"{line[metric]:,.0f}" if metric.startswith("saved") else wording.number(line[metric])
             axes.annotate(words, (end, at), (4, 0), textcoords="offset points", va="center", fontsize=8)
         axes.set_xlim(0, longest * 1.22)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -112,14 +114,16 @@ def speedups(summary: pd.DataFrame, caption: str, path: Path) -> Plot | None:
     for number, (axes, part) in enumerate(parts):
         for _, line in part.iterrows():
             style = look(line["method"], line["family"], dense=line["is_dense"])
-            at = labels.index(text.series_label(line["method"], line["selection"]))
+            at = labels.index(wording.series_label(line["method"], line["selection"]))
             low, high = line["x_best_dense_ci_low"], line["x_best_dense_ci_high"]
             if low == low:
                 axes.plot([low, high], [at, at], color=style.color, linewidth=1.8, marker="|", markersize=8)
             marks = style.marks(linestyle="", markersize=6)
             axes.plot([line["x_best_dense"]], [at], **{**marks, "marker": style.marker or "h"})
             beside = axes.get_yaxis_transform()  # x in parts of the panel, y in data: a column at its right
-            axes.text(1.015, at, text.ratio(line["x_best_dense"]), transform=beside, va="center", fontsize=8)
+            axes.text(
+                1.015, at, wording.ratio(line["x_best_dense"]), transform=beside, va="center", fontsize=8
+            )
         axes.axvline(1.0, color="black", linewidth=1.4)
         ends = [*part["x_best_dense_ci_low"].dropna(), *part["x_best_dense_ci_high"].dropna()]
         values = [1.0, *part["x_best_dense"], *ends]

@@ -10,12 +10,12 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from harness import text
-from harness.crossover import crossovers, decoded, independent_union
-from harness.plot_panels import interval, one_size_each, series_of, with_k
-from harness.plot_style import Board, Plot, line_handle, look
-from harness.plot_titles import ratio_note
-from harness.tables import lead_series
+from harness.report import wording
+from harness.report.crossover import crossovers, decoded, independent_union
+from harness.report.plots.panels import interval, one_size_each, series_of, with_k
+from harness.report.plots.style import Board, Plot, line_handle, look
+from harness.report.plots.titles import ratio_note
+from harness.report.summary import lead_series
 
 _PANEL = ("workload", "preset", "d_model", "d_ffn", "n_layers", "seq_len", "dtype")
 _WORDS = {"ffn_decode": "one FFN", "generate": "whole model"}
@@ -70,7 +70,7 @@ def _title(panel: pd.DataFrame, panels: list[pd.DataFrame]) -> str:
     line = panel.iloc[0]
     lengths = {other.iloc[0]["seq_len"] for other in panels if other.iloc[0]["workload"] == line["workload"]}
     varying = ["seq_len"] if line["workload"] == "generate" and len(lengths) > 1 else []
-    return f"{_WORDS[line['workload']]}, {text.cell_label(line, varying)}"
+    return f"{_WORDS[line['workload']]}, {wording.cell_label(line, varying)}"
 
 
 def _speedups(board: Board, axes: Axes, panel: pd.DataFrame) -> None:
@@ -103,7 +103,7 @@ def _union_note(union: pd.DataFrame) -> str:
     chance = "dotted, independent choices, 1 - (1 - K/d_ffn)^batch;"
     if union.empty:
         return f"{chance} no trained model was measured in these rows."
-    models = text.listing(list(dict.fromkeys(union["preset"])))
+    models = wording.listing(list(dict.fromkeys(union["preset"])))
     return f"{chance} marks, trained {models} on held-out text, each token of another text."
 
 
@@ -115,7 +115,7 @@ def _message(rows: pd.DataFrame) -> str:
     if lead is None or found.empty:
         return "Decoding speed against the fastest dense method, by batch"
     own = found[(found["method"] == lead[0]) & (found["family"] == lead[1])]
-    label = text.series_label(*lead)
+    label = wording.series_label(*lead)
     parts = []
     for workload, lines in own.groupby("workload", sort=False):
         words = "one FFN" if workload == "ffn_decode" else "the whole model"
@@ -124,8 +124,8 @@ def _message(rows: pd.DataFrame) -> str:
             parts.append(f"at no batch with {words}")
             continue
         where = "" if len(wins) == len(lines) else f" at {len(wins)} of {len(lines)} shapes"
-        until = "at batch 1" if wins.max() == 1 else f"up to batch {text.span(wins, text.tokens)}"
+        until = "at batch 1" if wins.max() == 1 else f"up to batch {wording.span(wins, wording.tokens)}"
         parts.append(f"{until} with {words}{where}")
     if not parts:
         return f"{label} decodes at several speeds"
-    return f"{label} beats the fastest dense decoding {text.listing(parts)}"
+    return f"{label} beats the fastest dense decoding {wording.listing(parts)}"

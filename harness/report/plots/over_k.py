@@ -15,55 +15,24 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, NullLocator
 
-from harness import text
-from harness.plot_bars import ffn_plots
-from harness.plot_crossover import crossover_plot
-from harness.plot_curves import gap_over_tokens, loss_curves, loss_over_tokens
-from harness.plot_panels import CONDITIONS, board_of, interval, one_size_each, panels, series_of, with_k
-from harness.plot_style import Board, Look, Mark, Plot, line_handle
-from harness.plot_titles import k_title, pareto_title, scaling_title
-from harness.tables import SEEDS_FOR_INTERVAL, cell_ids, point_table, summarise
+from harness.report import wording
+from harness.report.plots.panels import (
+    CONDITIONS,
+    board_of,
+    interval,
+    one_size_each,
+    panels,
+    series_of,
+    with_k,
+)
+from harness.report.plots.style import Board, Look, Mark, Plot, line_handle
+from harness.report.plots.titles import k_title, pareto_title, scaling_title
+from harness.report.points import cell_ids
+from harness.report.summary import SEEDS_FOR_INTERVAL
 
 _K_AXIS = "K: channels kept per token (% of d_ffn)"
 _WHISKER: dict[str, Any] = {"capsize": 3, "elinewidth": 1.1, "capthick": 1.1}
 _INTERVALS = "Bars and bands: 95 % intervals of the measurement"
-
-
-def draw_plots(
-    rows: pd.DataFrame, samples: pd.DataFrame, caption: str, folder: Path, tail: str
-) -> list[Plot]:
-    """Draw every plot that the rows of one device support into `folder/NAME{tail}.png`.
-
-    `rows` and `samples` are as `harness.store.files` reads them; `caption` says device, date and command.
-    """
-    points = point_table(rows)
-    summary = summarise(points)
-    if summary.empty:
-        return []
-
-    def path(name: str) -> Path:
-        return folder / f"{name}{tail}.png"
-
-    plots: list[Plot | None] = []
-    whole = summary[summary["workload"] == "pretrain"]
-    if not whole.empty:
-        seeds = points[points["measured"] & (points["workload"] == "pretrain")]
-        curves = loss_curves(seeds, samples)
-        peak = str(whole["peak_metric"].iloc[0])
-        name = text.peak_name(peak)
-        unit, scale = text.byte_unit(whole["peak_bytes"].max() if whole["peak_bytes"].notna().any() else 1)
-        plots = [
-            against_k(whole, seeds, "perplexity", "validation perplexity", caption, path("perplexity_vs_k")),
-            against_k(whole, seeds, "tokens_per_s", "tokens/s trained", caption, path("throughput_vs_k")),
-            against_k(whole, seeds, peak, f"{name} ({unit})", caption, path("memory_vs_k"), scale=scale),
-            pareto(whole, peak, f"{name} ({unit})", scale, caption, path("perplexity_memory_pareto")),
-            scaling(whole, caption, path("throughput_vs_seq_len")),
-            loss_over_tokens(whole, curves, caption, path("loss_vs_tokens")),
-            gap_over_tokens(whole, curves, caption, path("loss_gap_vs_tokens")),
-        ]
-    plots += ffn_plots(summary[summary["workload"] == "ffn_train"], caption, folder, tail)
-    plots.append(crossover_plot(rows, points, samples, caption, path("batch_crossover")))
-    return [plot for plot in plots if plot is not None]
 
 
 def _level(axes: Axes, board: Board, style: Look, line: pd.Series, metric: str, scale: float) -> None:
@@ -220,7 +189,7 @@ def pareto(
 def _mark(line: pd.Series, peak: str, scale: float, named: bool) -> Mark:
     y = line["perplexity"]
     low, high = line["perplexity_ci_low"], line["perplexity_ci_high"]
-    words = text.percent(line["k_pct"]) if named else ""
+    words = wording.percent(line["k_pct"]) if named else ""
     return Mark(line[peak] / scale, y, low if low == low else y, high if high == high else y, words)
 
 

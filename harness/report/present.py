@@ -1,4 +1,6 @@
-"""Tables for people: the numbers of `harness.tables` with units, sensible digits and plain column names."""
+"""Tables for people: the numbers of `harness.report.points` with units, sensible digits and plain column
+names.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +8,8 @@ from collections.abc import Callable
 
 import pandas as pd
 
-from harness import text
-from harness.tables import failures
+from harness.report import wording
+from harness.report.summary import failures
 
 # A column that is the same on every line of a table says nothing and is left out, except these.
 _ALWAYS = ("preset", "seq_len", "method", "selection", "k_pct")
@@ -19,19 +21,19 @@ _Cell = Callable[[pd.Series], str]
 def _keys(table: pd.DataFrame, names: tuple[str, ...]) -> dict[str, _Cell]:
     """Columns that say which point a line is, leaving out those that never change."""
     forms: dict[str, tuple[str, _Cell]] = {
-        "preset": ("model", lambda line: text.cell_label(line)),
+        "preset": ("model", lambda line: wording.cell_label(line)),
         "shape": ("d / d_ffn", lambda line: f"{line['d_model']:.0f} / {line['d_ffn']:.0f}"),
         "seq_len": ("seq_len", lambda line: f"{line['seq_len']:.0f}"),
         "batch": ("batch", lambda line: f"{line['batch']:.0f}"),
         "tokens": ("tokens/step", lambda line: f"{line['tokens']:,.0f}"),
         "dtype": ("dtype", lambda line: str(line["dtype"])),
         "timing_mode": ("timing", lambda line: str(line["timing_mode"])),
-        "train_tokens": ("trained on", lambda line: text.tokens(line["train_tokens"])),
+        "train_tokens": ("trained on", lambda line: wording.tokens(line["train_tokens"])),
         "vocab_size": ("vocabulary", lambda line: f"{line['vocab_size']:,.0f}"),
         "lr": ("lr", lambda line: f"{line['lr']:g}"),
         "data_id": ("data", lambda line: str(line["data_id"])[:8]),
         "method": ("method", lambda line: str(line["method"])),
-        "selection": ("selection", lambda line: str(line["selection"] or text.DASH)),
+        "selection": ("selection", lambda line: str(line["selection"] or wording.DASH)),
         "k_pct": ("K %", lambda line: f"{line['k_pct']:.4g}"),
         "seeds": ("seeds", lambda line: f"{line['seeds']:.0f}"),
     }
@@ -46,7 +48,7 @@ def _keys(table: pd.DataFrame, names: tuple[str, ...]) -> dict[str, _Cell]:
 def _build(table: pd.DataFrame, columns: dict[str, _Cell]) -> pd.DataFrame:
     lines = [[form(line) for form in columns.values()] for _, line in table.iterrows()]
     built = pd.DataFrame(lines, columns=list(columns))
-    empty = [name for name in built if (built[name].isin(["", text.DASH])).all() and name != "selection"]
+    empty = [name for name in built if (built[name].isin(["", wording.DASH])).all() and name != "selection"]
     return built.drop(columns=empty)
 
 
@@ -61,25 +63,25 @@ def _with_interval(name: str, form: Callable[[float], str]) -> _Cell:
         low, high = line[f"{name}_ci_low"], line[f"{name}_ci_high"]
         if line[name] != line[name] or low != low:
             return form(line[name])
-        return f"{form(line[name])} ({form(low)}{text.DASH}{form(high)})"
+        return f"{form(line[name])} ({form(low)}{wording.DASH}{form(high)})"
 
     return cell
 
 
 def _digits(count: int) -> Callable[[float], str]:
-    return lambda value: text.number(value, count)
+    return lambda value: wording.number(value, count)
 
 
 def _whole(value: float) -> str:
-    return text.DASH if value != value else f"{value:,.0f}"
+    return wording.DASH if value != value else f"{value:,.0f}"
 
 
 def _signed(places: int) -> Callable[[float], str]:
-    return lambda value: text.signed(value, places)
+    return lambda value: wording.signed(value, places)
 
 
 def headline_for_people(headline: pd.DataFrame) -> pd.DataFrame:
-    """`harness.tables.headline_table` as text; columns that say nothing are left out."""
+    """`harness.report.summary.headline_table` as text; columns that say nothing are left out."""
     names = (
         *("preset", "seq_len", "tokens", "batch", "dtype", "timing_mode", "train_tokens", "vocab_size", "lr"),
         *("data_id", "method", "selection", "k_pct", "seeds"),
@@ -87,8 +89,8 @@ def headline_for_people(headline: pd.DataFrame) -> pd.DataFrame:
     columns = _keys(headline, names)
     columns |= {
         "tokens/s": _value("tokens_per_s", _digits(4)),
-        "x best dense": _value("x_best_dense", text.ratio),
-        "peak memory": _value("peak_memory_bytes", text.size),
+        "x best dense": _value("x_best_dense", wording.ratio),
+        "peak memory": _value("peak_memory_bytes", wording.size),
         "saved bytes/token": _value("saved_bytes_per_token", _whole),
         "perplexity": _value("perplexity", _digits(4)),
         "bits/byte": _value("bits_per_byte", _digits(4)),
@@ -99,7 +101,9 @@ def headline_for_people(headline: pd.DataFrame) -> pd.DataFrame:
 
 
 def workload_table(summary: pd.DataFrame) -> pd.DataFrame:
-    """Every measured point of one workload (lines of `harness.tables.summarise`), misaligned ones flagged."""
+    """Every measured point of one workload (lines of `harness.report.summary.summarise`), misaligned ones
+    flagged.
+    """
     names = (
         *("preset", "shape", "seq_len", "batch", "tokens", "dtype", "timing_mode", "train_tokens"),
         *("vocab_size", "lr", "data_id", "method", "selection", "k_pct", "seeds"),
@@ -113,9 +117,9 @@ def workload_table(summary: pd.DataFrame) -> pd.DataFrame:
         "ms per token": _with_interval("latency_ms", _digits(3)),
         "first token ms": _with_interval("time_to_first_token_ms", _digits(3)),
         "tokens/s": _with_interval("tokens_per_s", _digits(4)),
-        "x best dense": _with_interval("x_best_dense", text.ratio),
-        "peak memory": _value("peak_bytes", text.size),
-        "transient peak": _value("transient_peak_bytes", text.size),
+        "x best dense": _with_interval("x_best_dense", wording.ratio),
+        "peak memory": _value("peak_bytes", wording.size),
+        "transient peak": _value("transient_peak_bytes", wording.size),
         "saved bytes/token": _value("saved_activation_bytes_per_token", _whole),
         "loss (nats)": _with_interval("eval_loss_nats", _digits(4)),
         "against dense (nats)": _value("loss_gap", _signed(3)),
@@ -125,9 +129,9 @@ def workload_table(summary: pd.DataFrame) -> pd.DataFrame:
         "untrained perplexity": _value("untrained_perplexity", _digits(4)),
         "tokens/parameter": _value("tokens_per_parameter", _digits(2)),
         "% of roofline": _value("pct_of_roofline", _digits(3)),
-        "max rel. error": _value("max_rel_err", lambda v: text.DASH if v != v else f"{v:.1e}"),
-        "logits error": _value("logits_rel_err", lambda v: text.DASH if v != v else f"{v:.1e}"),
-        "overflow": _value("overflow_fraction", lambda v: text.percent(100 * v)),
+        "max rel. error": _value("max_rel_err", lambda v: wording.DASH if v != v else f"{v:.1e}"),
+        "logits error": _value("logits_rel_err", lambda v: wording.DASH if v != v else f"{v:.1e}"),
+        "overflow": _value("overflow_fraction", lambda v: wording.percent(100 * v)),
         "compile s": _value("compile_s", _digits(2)),
         "note": _note,
     }
@@ -140,16 +144,16 @@ def _note(line: pd.Series) -> str:
 
 
 def memory_formula_table(checked: pd.DataFrame) -> pd.DataFrame:
-    """The lines of `harness.memory_formula.memory_formula` with units and signs, for people."""
+    """The lines of `harness.report.memory_formula.memory_formula` with units and signs, for people."""
     columns: dict[str, _Cell] = {
         "model": lambda line: str(line["preset"]),
         "seq_len": lambda line: f"{line['seq_len']:.0f}",
         "method": lambda line: str(line["method"]),
-        "selection": lambda line: str(line["selection"] or text.DASH),
+        "selection": lambda line: str(line["selection"] or wording.DASH),
         "against": lambda line: str(line["against"]),
-        "measured peak": lambda line: text.size(line["measured_bytes"]),
-        "by formula": lambda line: text.size(line["predicted_bytes"]),
-        "error %": lambda line: text.signed(100 * line["error"], 1),
+        "measured peak": lambda line: wording.size(line["measured_bytes"]),
+        "by formula": lambda line: wording.size(line["predicted_bytes"]),
+        "error %": lambda line: wording.signed(100 * line["error"], 1),
     }
     return _build(checked, columns)
 

@@ -6,77 +6,43 @@ nothing is ever compared across them.
 
 from __future__ import annotations
 
-import base64
-import html
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from harness import text
-from harness.crossover import crossover_table, crossovers
-from harness.findings import findings
-from harness.memory_formula import memory_formula
-from harness.optimization_report import Section, search_section, search_sentences, searched_parts, split
-from harness.plot_optimization import PLOT_NAMES as _SEARCH_PLOTS
-from harness.plots import draw_plots
-from harness.present import failure_table, headline_for_people, memory_formula_table, workload_table
+from harness.report import wording
+from harness.report.crossover import crossover_table, crossovers
+from harness.report.findings import findings
+from harness.report.memory_formula import memory_formula
+from harness.report.plots.draw import draw_plots
+from harness.report.points import point_table
+from harness.report.present import failure_table, headline_for_people, memory_formula_table, workload_table
+from harness.report.render import (
+    Block,
+    Bullets,
+    Code,
+    Heading,
+    Paragraph,
+    Picture,
+    Table,
+    to_html,
+    to_markdown,
+)
+from harness.report.search.plots import PLOT_NAMES as _SEARCH_PLOTS
+from harness.report.search.section import Section, search_section, search_sentences, searched_parts, split
+from harness.report.summary import headline_table, summarise
 from harness.store.frames import read_rows, read_samples
 from harness.sweep.model import part_name
-from harness.tables import headline_table, point_table, summarise
 
-_STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;max-width:980px;margin:2em auto;padding:0 1em;color:#222}"
-    "table{border-collapse:collapse;font-size:13px;display:block;overflow-x:auto}"
-    "th,td{padding:3px 9px;border-bottom:1px solid #ddd;text-align:right;white-space:nowrap}"
-    "th{border-bottom:2px solid #999}td.t,th.t{text-align:left}"
-    "img{width:100%;max-width:900px}pre{background:#f6f6f6;padding:.8em;overflow-x:auto;font-size:12px}"
-)
 _PLOT_NAMES = (
     *("perplexity_vs_k", "throughput_vs_k", "memory_vs_k", "perplexity_memory_pareto"),
     *("throughput_vs_seq_len", "loss_vs_tokens", "loss_gap_vs_tokens"),
     *("ffn_step_time", "ffn_saved_bytes", "ffn_speedup", "batch_crossover"),
     *_SEARCH_PLOTS,
 )
-
-
-@dataclass(frozen=True)
-class Heading:
-    level: int
-    text: str
-
-
-@dataclass(frozen=True)
-class Paragraph:
-    text: str
-
-
-@dataclass(frozen=True)
-class Bullets:
-    items: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Table:
-    frame: pd.DataFrame
-
-
-@dataclass(frozen=True)
-class Picture:
-    path: Path
-    alt: str
-
-
-@dataclass(frozen=True)
-class Code:
-    text: str
-    language: str
-
-
-Block = Heading | Paragraph | Bullets | Table | Picture | Code
 
 
 def write_report(results_dir: Path, device_name: str | None = None) -> list[Path]:
@@ -97,7 +63,7 @@ def write_report(results_dir: Path, device_name: str | None = None) -> list[Path
     rows = rows.assign(device_name=rows["device_name"].fillna("unknown device"))
     samples = read_samples(results_dir)
     environments = _environments(results_dir)
-    command = text.without_paths(_read(results_dir / "command.txt").strip())
+    command = wording.without_paths(_read(results_dir / "command.txt").strip())
 
     parts = searched_parts(results_dir)
     blocks: list[Block] = [Heading(1, f"Sweep {rows['sweep'].iloc[0]}")]
@@ -128,7 +94,7 @@ def write_report(results_dir: Path, device_name: str | None = None) -> list[Path
     if command:
         blocks.append(Code(command, "sh"))
     if sweep_file:
-        blocks.append(Code(text.without_paths(sweep_file.rstrip()), "yaml"))
+        blocks.append(Code(wording.without_paths(sweep_file.rstrip()), "yaml"))
     _remove_stale(results_dir / "plots", pictures)
     markdown, page = results_dir / "report.md", results_dir / "report.html"
     markdown.write_text(to_markdown(blocks, results_dir), encoding="utf-8")
@@ -200,14 +166,14 @@ def _grid_section(
 
 
 def _headline_note(headline: pd.DataFrame) -> str:
-    paired = text.by_pairing(
+    paired = wording.by_pairing(
         headline["paired"],
         every="Speed ratios are paired: rivals took turns in one process.",
         some="Speed ratios are paired, since rivals took turns in one process, except those marked unpaired:"
         " the fastest dense method was measured later, and they are quotients of two runs' speeds.",
         none="Speed ratios are unpaired: each method ran in a process of its own.",
     )
-    peak = text.peak_name(str(headline["peak_metric"].iloc[0]))
+    peak = wording.peak_name(str(headline["peak_metric"].iloc[0]))
     return (
         f"x best dense: speed against the fastest dense method of the same setting and seed. {paired} "
         f"Peak memory is the {peak}. Saved bytes are what one FFN layer keeps for its backward pass."
@@ -242,7 +208,7 @@ def _environment_table(records: list[dict[str, Any]]) -> pd.DataFrame:
 
 
 def _plain(value: object) -> str:
-    return text.DASH if value is None else str(value)
+    return wording.DASH if value is None else str(value)
 
 
 def _read(path: Path) -> str:
@@ -258,80 +224,3 @@ def _remove_stale(folder: Path, written: list[Path]) -> None:
     for path in folder.glob("*.png"):
         if path.stem.partition("-")[0] in _PLOT_NAMES and path not in written:
             path.unlink()
-
-
-def to_markdown(blocks: list[Block], folder: Path) -> str:
-    """The blocks as Markdown; pictures are linked relative to `folder`."""
-    parts = []
-    for block in blocks:
-        match block:
-            case Heading(level, words):
-                parts.append(f"{'#' * level} {_no_markup(words)}")
-            case Paragraph(words):
-                parts.append(_no_markup(words))
-            case Bullets(items):
-                parts.append("\n".join(f"- {_no_markup(item)}" for item in items))
-            case Table(frame):
-                parts.append(_markdown_table(frame))
-            case Picture(path, alt):
-                parts.append(f"![{_no_markup(alt)}]({path.relative_to(folder).as_posix()})")
-            case Code(words, language):
-                parts.append(f"```{language}\n{words}\n```")
-    return "\n\n".join(parts) + "\n"
-
-
-def _no_markup(words: str) -> str:
-    """Text whose angle brackets a Markdown viewer does not take for HTML."""
-    return words.replace("&", "&amp;").replace("<", "&lt;")
-
-
-def _markdown_table(frame: pd.DataFrame) -> str:
-    def line(cells: list[str]) -> str:
-        plain = [_no_markup(cell).replace("|", "\\|").replace("\n", " ") for cell in cells]
-        return f"| {' | '.join(plain)} |"
-
-    words = _word_columns(frame)
-    rule = [":--" if is_words else "--:" for is_words in words]
-    body = [line([str(value) for value in row]) for row in frame.itertuples(index=False)]
-    return "\n".join([line([str(name) for name in frame.columns]), "|" + "|".join(rule) + "|", *body])
-
-
-def _word_columns(frame: pd.DataFrame) -> list[bool]:
-    """Which columns are words, set to the left; numbers go to the right."""
-    number = re.compile(rf"[+{text.MINUS}-]?[\d,.]|{text.DASH}$")
-    return [not all(number.match(str(v)) or v == "" for v in frame.iloc[:, i]) for i in range(frame.shape[1])]
-
-
-def to_html(blocks: list[Block]) -> str:
-    """The blocks as one HTML page that loads nothing: pictures are inside it, every text is escaped."""
-    parts = []
-    title = next((block.text for block in blocks if isinstance(block, Heading)), "Report")
-    for block in blocks:
-        match block:
-            case Heading(level, words):
-                parts.append(f"<h{level}>{html.escape(words)}</h{level}>")
-            case Paragraph(words):
-                parts.append(f"<p>{html.escape(words)}</p>")
-            case Bullets(items):
-                parts.append("<ul>" + "".join(f"<li>{html.escape(item)}</li>" for item in items) + "</ul>")
-            case Table(frame):
-                parts.append(_html_table(frame))
-            case Picture(path, alt):
-                data = base64.b64encode(path.read_bytes()).decode()
-                parts.append(f'<p><img alt="{html.escape(alt)}" src="data:image/png;base64,{data}"></p>')
-            case Code(words, _):
-                parts.append(f"<pre>{html.escape(words)}</pre>")
-    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style>'
-    body = "\n".join(parts)
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n{body}\n</body></html>\n'
-
-
-def _html_table(frame: pd.DataFrame) -> str:
-    kinds = [' class="t"' if is_words else "" for is_words in _word_columns(frame)]
-
-    def line(tag: str, cells: list[Any]) -> str:
-        inner = "".join(f"<{tag}{k}>{html.escape(str(c))}</{tag}>" for k, c in zip(kinds, cells, strict=True))
-        return f"<tr>{inner}</tr>"
-
-    body = "".join(line("td", list(row)) for row in frame.itertuples(index=False))
-    return f"<table><thead>{line('th', list(frame.columns))}</thead><tbody>{body}</tbody></table>"

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from harness import text
 from harness.errors import SpecError
-from harness.optimization_text import parameter_name, sentences, view_of
-from harness.plot_optimization import draw_search
-from harness.plot_style import Plot
+from harness.report import wording
+from harness.report.plots.style import Plot
+from harness.report.search.plots import draw_search
+from harness.report.search.words import parameter_name, sentences, view_of
 from harness.search.importances import importances
 from harness.search.outcome import Search, pruned_trials, read_search
 from harness.sweep.load import parse_sweep
@@ -73,7 +73,7 @@ def search_section(search: Search, results_dir: Path, caption: str, tail: str) -
         heading = "Pareto set" if len(objectives) > 1 else "Best trial"
         tables.append((heading, _table(search, best), _ratio_note(search)))
     if not search.dense.empty:
-        dense = search.dense.assign(trial=text.DASH)
+        dense = search.dense.assign(trial=wording.DASH)
         note = "front: no trial is as good in everything and better in something."
         tables.append(("Dense baselines", _table(search, dense), note))
     if not shares.empty:
@@ -104,12 +104,12 @@ def _table(search: Search, lines: pd.DataFrame) -> pd.DataFrame:
     for objective in search.settings.objectives:
         columns |= _objective_columns(search, objective)
     dense = search.settings.baseline
-    columns[f"x {dense}"] = lambda line: text.ratio(line["speed_vs_dense"])
+    columns[f"x {dense}"] = lambda line: wording.ratio(line["speed_vs_dense"])
     columns["outcome"] = _outcome
     cells = [[form(line) for form in columns.values()] for _, line in lines.iterrows()]
     table = pd.DataFrame(cells, columns=list(columns))
-    empty = [name for name in table if table[name].isin(["", text.DASH]).all() and name != "trial"]
-    if (table["trial"] == text.DASH).all():
+    empty = [name for name in table if table[name].isin(["", wording.DASH]).all() and name != "trial"]
+    if (table["trial"] == wording.DASH).all():
         empty.append("trial")
     return table.drop(columns=empty)
 
@@ -123,7 +123,7 @@ def _parameter(name: str) -> _Cell:
         if name == "k_frac":
             return f"{line['k_pct']:.4g}"
         if name == "selection":
-            return str(line["selection"]) or text.DASH
+            return str(line["selection"]) or wording.DASH
         value = line[name]
         return value if isinstance(value, str) else f"{float(value):.4g}"
 
@@ -135,16 +135,16 @@ def _objective_columns(search: Search, objective: Objective) -> dict[str, _Cell]
     view = view_of(objective, search.measured[metric] if len(search.measured) else search.trials[metric])
 
     def form(value: float) -> str:
-        return text.size(value) if METRICS[metric].unit == "bytes" else text.number(value, 4)
+        return wording.size(value) if METRICS[metric].unit == "bytes" else wording.number(value, 4)
 
     def cell(line: pd.Series) -> str:
         low, high = line[f"{metric}_ci_low"], line[f"{metric}_ci_high"]
         if line[metric] != line[metric] or low != low:
             return form(line[metric])
-        return f"{form(line[metric])} ({form(low)}{text.DASH}{form(high)})"
+        return f"{form(line[metric])} ({form(low)}{wording.DASH}{form(high)})"
 
     def against(line: pd.Series) -> str:
-        return text.signed(100 * (line[f"{metric}_vs_dense"] - 1), 1)
+        return wording.signed(100 * (line[f"{metric}_vs_dense"] - 1), 1)
 
     name = view.plain if METRICS[metric].unit == "bytes" else view.name
     return {name: cell, f"{name} against {search.settings.baseline} (%)": against}
@@ -170,7 +170,7 @@ def _importance_table(search: Search, shares: pd.DataFrame) -> pd.DataFrame:
                 name,
                 parameter_name(line["parameter"]),
                 f"{100 * line['share']:.0f}",
-                f"{100 * line['low']:.0f}{text.DASH}{100 * line['high']:.0f}",
+                f"{100 * line['low']:.0f}{wording.DASH}{100 * line['high']:.0f}",
             ]
             for _, line in own.iterrows()
         ]

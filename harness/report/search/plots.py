@@ -12,7 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from harness.optimization_text import (
+from harness.report.plots.style import Board, Look, Mark, Plot, line_handle, look
+from harness.report.points import family, is_dense
+from harness.report.search.words import (
     View,
     history,
     importance_title,
@@ -23,10 +25,8 @@ from harness.optimization_text import (
     slices_title,
     view_of,
 )
-from harness.plot_style import Board, Look, Mark, Plot, line_handle, look
 from harness.search.outcome import Search
 from harness.sweep.model import Range
-from harness.tables import family, is_dense
 
 PLOT_NAMES = (
     "optimization_pareto",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from harness import text
+from harness.report import wording
 from harness.search import pareto
 from harness.search.outcome import Search, losses_of
 from harness.sweep.metrics import METRICS
@@ -62,8 +62,8 @@ class View:
     def say(self, value: float) -> str:
         """A value with its unit, for a sentence: `588 validation perplexity`, `7,300 tokens/s trained`."""
         if METRICS[self.metric].unit == "bytes":
-            return text.size(value)
-        return f"{text.number(value)} {self.name}"
+            return wording.size(value)
+        return f"{wording.number(value)} {self.name}"
 
 
 def view_of(objective: Objective, values: pd.Series) -> View:
@@ -71,9 +71,9 @@ def view_of(objective: Objective, values: pd.Series) -> View:
     unit, scale = METRICS[objective.metric].unit, 1.0
     name = _NAMES.get(objective.metric)
     if unit == "bytes":
-        unit, scale = text.byte_unit(float(values.max())) if values.notna().any() else ("B", 1)
+        unit, scale = wording.byte_unit(float(values.max())) if values.notna().any() else ("B", 1)
     if name is None and objective.metric.startswith("peak_"):
-        name = f"{text.peak_name(objective.metric)} ({unit})"
+        name = f"{wording.peak_name(objective.metric)} ({unit})"
     return View(
         objective.metric,
         name or f"{objective.metric.replace('_', ' ')} ({unit})",
@@ -97,7 +97,7 @@ def setting(search: Search, line: pd.Series) -> str:
     parts = []
     for name in search.varied:
         if name == "k_frac":
-            parts.append(f"K = {text.percent(line['k_pct'])}")
+            parts.append(f"K = {wording.percent(line['k_pct'])}")
         elif name == "selection":
             parts.append(str(line["selection"]) or "dense")
         elif isinstance(line[name], str):
@@ -124,10 +124,10 @@ def scope_sentence(search: Search, pruned: int) -> str:
             counts.append(f"{count} {why}")
     if pruned:
         counts.append(f"{pruned} given up early by the {settings.pruner} rule (they have no row)")
-    names = text.listing([parameter_name(name) for name in search.varied])
+    names = wording.listing([parameter_name(name) for name in search.varied])
     return (
-        f"A search by {_SAMPLERS[settings.sampler]} over {names} for {text.listing(goals)}: "
-        f"{len(trials) + pruned} trials, of which {text.listing(counts)}."
+        f"A search by {_SAMPLERS[settings.sampler]} over {names} for {wording.listing(goals)}: "
+        f"{len(trials) + pruned} trials, of which {wording.listing(counts)}."
     )
 
 
@@ -141,7 +141,7 @@ def best_sentence(search: Search) -> str:
     if len(objectives) == 1:
         line = best_by(good, objectives[0])
         low, high = (line[f"{objectives[0].metric}_ci_{end}"] for end in ("low", "high"))
-        interval = f" (95 % interval {text.number(low)} to {text.number(high)})" if low == low else ""
+        interval = f" (95 % interval {wording.number(low)} to {wording.number(high)})" if low == low else ""
         return (
             f"Best is trial {line['trial']}, with {views[0].say(line[objectives[0].metric])}{interval}: "
             f"{setting(search, line)}."
@@ -149,7 +149,7 @@ def best_sentence(search: Search) -> str:
     ends = []
     for objective in objectives:
         line = best_by(good[good["on_front"]], objective)
-        values = text.listing([view.say(line[view.metric]) for view in views])
+        values = wording.listing([view.say(line[view.metric]) for view in views])
         ends.append(f"trial {line['trial']} ({values}; {setting(search, line)})")
     count = int(good["on_front"].sum())
     return (
@@ -183,15 +183,15 @@ def dense_sentence(search: Search) -> str:
     speeds = best["speed_vs_dense"].dropna()
     if not speeds.empty:
         how = "paired" if best["speed_paired"].all() else "unpaired: each in a process of its own"
-        clauses.append(f"{text.span(speeds, text.ratio)} its speed ({how})")
+        clauses.append(f"{wording.span(speeds, wording.ratio)} its speed ({how})")
     for objective in search.settings.objectives:
         ratios = best[f"{objective.metric}_vs_dense"].dropna()
         if not ratios.empty:
             view = view_of(objective, best[objective.metric])
-            percent = text.span(100 * (ratios - 1), lambda value: f"{text.signed(value, 1)} %")
+            percent = wording.span(100 * (ratios - 1), lambda value: f"{wording.signed(value, 1)} %")
             clauses.append(f"{percent} in {view.plain}")
     name = search.settings.baseline
-    shape = f"Against {name} of the same shape: {text.listing(clauses)}. " if clauses else ""
+    shape = f"Against {name} of the same shape: {wording.listing(clauses)}. " if clauses else ""
     baselines = f"{dense} {name} baseline{'s' * (dense > 1)}"
     if count == 1:
         verdict = "Some baseline beats" if beaten else "No baseline beats"
@@ -292,9 +292,9 @@ def importance_title(search: Search, shares: pd.DataFrame) -> str:
             sure.setdefault(name, []).append(what)
         else:
             unsure.append(what)
-    clauses = [f"{name} decides most about {text.listing(what)}" for name, what in sure.items()]
+    clauses = [f"{name} decides most about {wording.listing(what)}" for name, what in sure.items()]
     if unsure:
-        clauses.append(f"what decides {text.listing(unsure)} is not clear from so few trials")
+        clauses.append(f"what decides {wording.listing(unsure)} is not clear from so few trials")
     return _upper("; ".join(clauses))
 
 
@@ -315,15 +315,15 @@ def slices_title(search: Search, shares: pd.DataFrame) -> str:
 
 def _range(best: pd.DataFrame, name: str) -> str:
     if name == "k_frac":
-        return f"{text.span(best['k_pct'], lambda value: f'{value:.3g}')}\N{NO-BREAK SPACE}%"
+        return f"{wording.span(best['k_pct'], lambda value: f'{value:.3g}')}\N{NO-BREAK SPACE}%"
     values = best[name]
     if isinstance(values.iloc[0], str):
         counts = values.value_counts()
         several = len(counts) > 1
-        return text.listing(
+        return wording.listing(
             [f"{value} ({count})" if several else str(value) for value, count in counts.items()]
         )
-    return text.span(values.astype(float), lambda value: f"{value:.3g}")
+    return wording.span(values.astype(float), lambda value: f"{value:.3g}")
 
 
 def _upper(words: str) -> str:

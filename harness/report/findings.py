@@ -8,16 +8,10 @@ from __future__ import annotations
 
 import pandas as pd
 
-from harness import text
 from harness.measure.environment import CPU_PREFIX
-from harness.tables import (
-    SEEDS_FOR_INTERVAL,
-    failures,
-    gaps_hold_zero,
-    lead_lines,
-    point_table,
-    summarise,
-)
+from harness.report import wording
+from harness.report.points import point_table
+from harness.report.summary import SEEDS_FOR_INTERVAL, failures, gaps_hold_zero, lead_lines, summarise
 
 # Below this a training run is too short to rank methods by quality (about 20 is compute-optimal).
 SHORT_RUN_TOKENS_PER_PARAMETER = 20
@@ -81,19 +75,19 @@ def _nothing_to_compare(workload: str, part: pd.DataFrame) -> str:
 
 def name_of(line: pd.Series) -> str:
     """`moc_reference topk:0.1875 (K = 18.75 %)`."""
-    return f"{text.series_label(line['method'], line['selection'])} (K = {text.percent(line['k_pct'])})"
+    return f"{wording.series_label(line['method'], line['selection'])} (K = {wording.percent(line['k_pct'])})"
 
 
 def where(lines: pd.DataFrame) -> str:
     """Over which cells a statement goes: `60m at sequence length 256`, `4 shapes (1m and 4m, ...)`."""
-    sizes = list(dict.fromkeys(text.cell_label(line) for _, line in lines.iterrows()))
+    sizes = list(dict.fromkeys(wording.cell_label(line) for _, line in lines.iterrows()))
     ffn = str(lines["workload"].iloc[0]).startswith("ffn_")  # one layer sees tokens, not sequences
     name = "tokens" if ffn else "seq_len"
-    amounts = text.listing([f"{value:,.0f}" for value in sorted(set(lines[name]))])
+    amounts = wording.listing([f"{value:,.0f}" for value in sorted(set(lines[name]))])
     what = f"{amounts} tokens" if ffn else f"sequence length {amounts}"
     if len(lines) == 1:
         return f"{sizes[0]} at {what}"
-    return f"{len(lines)} settings ({text.listing(sizes)}; {what})"
+    return f"{len(lines)} settings ({wording.listing(sizes)}; {what})"
 
 
 def speed_sentence(lead: pd.DataFrame, part: pd.DataFrame) -> str:
@@ -101,14 +95,14 @@ def speed_sentence(lead: pd.DataFrame, part: pd.DataFrame) -> str:
     line = lead.iloc[0]
     if lead["x_best_dense"].isna().all():
         return ""
-    names = text.listing(list(dict.fromkeys(lead["baseline"])))
+    names = wording.listing(list(dict.fromkeys(lead["baseline"])))
     verbs = {"pretrain": "trains", "ffn_train": "runs one FFN training step", "generate": "generates"}
     verb = verbs.get(line["workload"], "runs")
     interval = ""
     if len(lead) == 1 and line["x_best_dense_ci_low"] == line["x_best_dense_ci_low"]:
         ends = (line["x_best_dense_ci_low"], line["x_best_dense_ci_high"])
         interval = f", 95 % interval {ends[0]:.3g} to {ends[1]:.3g}"
-    how = text.by_pairing(
+    how = wording.by_pairing(
         lead["paired"],
         every="paired ratio",
         some="paired ratio, unpaired where the faster dense method was measured later",
@@ -118,13 +112,13 @@ def speed_sentence(lead: pd.DataFrame, part: pd.DataFrame) -> str:
     if len(lead) == 1:
         rival = part[(part["cell"] == line["cell"]) & (part["method"] == line["baseline"])].iloc[0]
         figures = (
-            f"{text.number(line['speed'])} against {text.number(rival['speed'])} tokens/s, "
+            f"{wording.number(line['speed'])} against {wording.number(rival['speed'])} tokens/s, "
             if line["speed"] == line["speed"]
             else ""
         )
     sentence = (
-        f"{name_of(line)} {verb} at {text.span(lead['x_best_dense'], text.ratio)} the speed of the fastest "
-        f"dense method of the same run ({names}; {figures}{how}{interval}) in {where(lead)}."
+        f"{name_of(line)} {verb} at {wording.span(lead['x_best_dense'], wording.ratio)} the speed of the"
+        f" fastest dense method of the same run ({names}; {figures}{how}{interval}) in {where(lead)}."
     )
     return sentence + _fastest_other(line, lead, part) + _noise(lead)
 
@@ -150,8 +144,8 @@ def _fastest_other(line: pd.Series, lead: pd.DataFrame, part: pd.DataFrame) -> s
         return ""
     method, selection = means.index[-1]
     best = others[(others["method"] == method) & (others["selection"] == selection)]
-    reached = text.span(best["x_best_dense"], text.ratio)
-    return f" The fastest that is not dense is {text.series_label(method, selection)}, at {reached}."
+    reached = wording.span(best["x_best_dense"], wording.ratio)
+    return f" The fastest that is not dense is {wording.series_label(method, selection)}, at {reached}."
 
 
 def memory_sentence(lead: pd.DataFrame) -> str:
@@ -160,10 +154,10 @@ def memory_sentence(lead: pd.DataFrame) -> str:
     saved = lead[lead["saved_change"].notna()]
     clauses = []
     if not peak.empty:
-        subject = f"Its {text.peak_name(peak['peak_metric'].iloc[0])} is"
+        subject = f"Its {wording.peak_name(peak['peak_metric'].iloc[0])} is"
         clauses.append(f"{subject} {_against(peak, 'memory_change', _rival(peak, 'leanest'), 'leanest')}")
     if not saved.empty:
-        kept = text.span(saved["saved_activation_bytes_per_token"], lambda value: f"{value:,.0f}")
+        kept = wording.span(saved["saved_activation_bytes_per_token"], lambda value: f"{value:,.0f}")
         rival = _rival(saved, "saved_leanest")
         if clauses and rival == _rival(peak, "leanest"):
             rival = "the same method"
@@ -174,16 +168,16 @@ def memory_sentence(lead: pd.DataFrame) -> str:
 
 def _against(lead: pd.DataFrame, change: str, rival: str, who: str) -> str:
     """`20 % above dense_recompute, the leanest ..., and 70 % below dense_compiled, the fastest`."""
-    clause = f"{text.change(lead[change])} {rival}"
+    clause = f"{wording.change(lead[change])} {rival}"
     fastest = lead[f"{change}_fastest"]
     if (lead[who] != lead["baseline"]).any() and fastest.notna().any():
-        names = text.listing(list(dict.fromkeys(lead["baseline"])))
-        clause += f", and {text.change(fastest)} {names}, the fastest"
+        names = wording.listing(list(dict.fromkeys(lead["baseline"])))
+        clause += f", and {wording.change(fastest)} {names}, the fastest"
     return clause
 
 
 def _rival(lead: pd.DataFrame, who: str) -> str:
-    names = text.listing(list(dict.fromkeys(lead[who])))
+    names = wording.listing(list(dict.fromkeys(lead[who])))
     if lead["dense_as_fast"].all():
         return f"{names}, the leanest dense method of equal or better speed"
     if not lead["dense_as_fast"].any():
@@ -197,18 +191,18 @@ def quality_sentence(lead: pd.DataFrame) -> str:
     if known.empty:
         return ""
     line = known.iloc[0]
-    percent = text.span(known["perplexity_change"], lambda value: f"{text.signed(value, 1)} %")
-    nats = text.span(known["loss_gap"], lambda value: text.signed(value, 3))
-    budget = text.span(known["train_tokens"], text.tokens)
+    percent = wording.span(known["perplexity_change"], lambda value: f"{wording.signed(value, 1)} %")
+    nats = wording.span(known["loss_gap"], lambda value: wording.signed(value, 3))
+    budget = wording.span(known["train_tokens"], wording.tokens)
     if len(known) == 1:
-        figures = f"{text.number(line['perplexity'], 4)}, "
+        figures = f"{wording.number(line['perplexity'], 4)}, "
         half = (line["loss_gap_ci_high"] - line["loss_gap_ci_low"]) / 2
         doubt = f" ± {half:.3f}" if half == half else ""
     else:
         figures, doubt = "", ""
         halves = (known["loss_gap_ci_high"] - known["loss_gap_ci_low"]) / 2
         if halves.notna().any():
-            doubt = f", each ± {text.span(halves, lambda value: f'{value:.3f}')}"
+            doubt = f", each ± {wording.span(halves, lambda value: f'{value:.3f}')}"
     verdict = "; no difference shows within that uncertainty" if gaps_hold_zero(known) else ""
     return (
         f"After {budget} training tokens its validation perplexity is {figures}{percent} from dense "
@@ -231,14 +225,14 @@ def _hedges(lead: pd.DataFrame, part: pd.DataFrame) -> list[str]:
     seeds = int(part.loc[part["cell"].isin(lead["cell"]), "seeds"].min())
     hedges = []
     if seeds == 1:
-        hedges.append(f"there is one seed, so seed noise of {text.SEED_NOISE} is unseen")
+        hedges.append(f"there is one seed, so seed noise of {wording.SEED_NOISE} is unseen")
     elif seeds == 2:
-        hedges.append(f"two seeds cannot measure seed noise, which is {text.SEED_NOISE}")
+        hedges.append(f"two seeds cannot measure seed noise, which is {wording.SEED_NOISE}")
     ratio = lead["tokens_per_parameter"]
     if ratio.notna().any() and ratio.max() < SHORT_RUN_TOKENS_PER_PARAMETER:
         hedges.append(
-            f"the runs saw {text.span(ratio, lambda value: text.number(value, 2))} tokens per parameter, "
-            "and runs this short flatter sparsity: the order of methods changes with the budget, so read the "
+            f"the runs saw {wording.span(ratio, lambda value: wording.number(value, 2))} tokens per parameter,"
+            " and runs this short flatter sparsity: the order of methods changes with the budget, so read the "
             "trend over tokens and claim nothing about full training"
         )
     joined = "; ".join(hedges)
@@ -254,7 +248,7 @@ def _left_out(points: pd.DataFrame) -> list[str]:
         sentences.append(f"{len(failed)} of {len(points)} points failed ({kinds}); they are listed below.")
     off = points[points["misaligned"] & points["measured"]]
     if not off.empty:
-        shapes = text.listing(sorted({text.cell_label(line) for _, line in off.iterrows()}))
+        shapes = wording.listing(sorted({wording.cell_label(line) for _, line in off.iterrows()}))
         sentences.append(
             f"Misaligned shapes ({shapes}: a width that is not a multiple of 8) are in the tables and in no "
             "headline: dense GEMMs leave their fast path there, which flatters every rival."
