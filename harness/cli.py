@@ -151,7 +151,7 @@ def plan(
     results: ResultsOption = RESULTS,
 ) -> None:
     """Print what `run` would measure, how much memory and how long it takes; nothing runs."""
-    from harness.plan_view import Plan, print_plan
+    from harness.forecast.view import Plan, print_plan
 
     path, model = _load(sweep, _device(device), data)
     plan = Plan(model, results, _device(device), retry)

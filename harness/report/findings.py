@@ -231,9 +231,9 @@ def _hedges(lead: pd.DataFrame, part: pd.DataFrame) -> list[str]:
     ratio = lead["tokens_per_parameter"]
     if ratio.notna().any() and ratio.max() < SHORT_RUN_TOKENS_PER_PARAMETER:
         hedges.append(
-            f"the runs saw {wording.span(ratio, lambda value: wording.number(value, 2))} tokens per parameter,"
-            " and runs this short flatter sparsity: the order of methods changes with the budget, so read the "
-            "trend over tokens and claim nothing about full training"
+            f"the runs saw {wording.span(ratio, lambda value: wording.number(value, 2))} tokens per"
+            " parameter, and runs this short flatter sparsity: the order of methods changes with the budget,"
+            " so read the trend over tokens and claim nothing about full training"
         )
     joined = "; ".join(hedges)
     return [f"{joined[0].upper()}{joined[1:]}."] if joined else []

@@ -17,9 +17,9 @@ from typing import Any
 import optuna
 import pytest
 
-from harness.postgres import NoPostgresError, PrivatePostgres
 from harness.search.storage import open_storage
 from harness.search.study import PartStudy
+from harness.soak.postgres import NoPostgresError, PrivatePostgres
 from harness.sweep.load import parse_sweep
 from harness.sweep.model import Measure
 from harness.sweep.point import Point

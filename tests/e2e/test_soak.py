@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.postgres import NoPostgresError, PrivatePostgres
-from harness.soak import Verdict
+from harness.soak.postgres import NoPostgresError, PrivatePostgres
+from harness.soak.run import Verdict
 
 
 def soak(*options: str) -> str:

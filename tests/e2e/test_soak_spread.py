@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from harness.postgres import NoPostgresError, PrivatePostgres
+from harness.soak.postgres import NoPostgresError, PrivatePostgres
 
 TINY = """\
 version: 1

@@ -10,8 +10,8 @@ import pytest
 from rows import rows_of, train_point
 
 from harness.errors import SpecError
-from harness.postgres import NoPostgresError, PrivatePostgres
 from harness.run.shared import open_shared
+from harness.soak.postgres import NoPostgresError, PrivatePostgres
 from harness.store.database import Database, DatabaseBook, DatabaseStore
 from harness.store.files import RowStore, Store, copy_rows
 from harness.store.frames import read_samples

@@ -11,7 +11,7 @@ from rich.console import Console
 from harness.errors import SpecError
 from harness.run.options import RunOptions, worker_environments
 from harness.run.ray import run_on_ray
-from harness.soak import soak_sweep
+from harness.soak.run import soak_sweep
 
 
 @pytest.mark.parametrize(

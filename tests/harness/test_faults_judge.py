@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from rows import rows_of
 
-from harness.soak import Verdict, judge, soak_sweep
-from harness.soak_trial import expected_value
+from harness.soak.run import Verdict, judge, soak_sweep
+from harness.soak.trial import expected_value
 from harness.store.files import Store
 from harness.store.lines import append_lines
 from harness.sweep.grid import expand

@@ -10,9 +10,9 @@ from rows import rows_of, train_point
 from typer.testing import CliRunner
 
 from harness.cli import app
-from harness.estimate import START_SECONDS, History, step_flops
-from harness.plan_view import Plan, duration
-from harness.predict import head_saved_bytes, layer_saved_bytes, predict_peak, saved_by_formula
+from harness.forecast.duration import START_SECONDS, History, step_flops
+from harness.forecast.memory import head_saved_bytes, layer_saved_bytes, predict_peak, saved_by_formula
+from harness.forecast.view import Plan, duration
 from harness.report.wording import size
 from harness.store.files import Store
 from harness.store.frames import read_rows, typed
@@ -230,7 +230,7 @@ def test_a_plan_leaves_a_results_folder_as_it_was(
     tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Measured points are not to be measured again, their rows give the rest a duration, no lock appears."""
-    monkeypatch.setattr("harness.plan_view.device_name", lambda device: "D")
+    monkeypatch.setattr("harness.forecast.view.device_name", lambda device: "D")
     folder = tmp_path / "results/planned"
     Store(folder).append(rows_of(train_point(), {"step_ms": 2.0, "peak_rss_over_start_bytes": 3e6}))
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
@@ -247,7 +247,7 @@ def test_points_too_large_for_the_device_are_named(
     tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a device of 10 MB the models do not fit and the single layers do."""
-    monkeypatch.setattr("harness.plan_view.device_bytes", lambda device: 10_000_000)
+    monkeypatch.setattr("harness.forecast.view.device_bytes", lambda device: 10_000_000)
     said = run_plan(tmp_path, text)
     assert said.count("predicted out of memory") == 2
     assert "2 of them are predicted to run out of the 9.54 MiB of CPU" in said
@@ -257,7 +257,7 @@ def test_a_rival_that_is_measured_corrects_the_others(
     tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The prediction of an unmeasured method moves by what the formula missed of its dense rival."""
-    monkeypatch.setattr("harness.plan_view.device_name", lambda device: "D")
+    monkeypatch.setattr("harness.forecast.view.device_name", lambda device: "D")
     dense, sparse = (
         predict_peak(train_point(), "cpu"),
         predict_peak(train_point("moc_reference", "topk:0.25"), "cpu"),
@@ -279,7 +279,7 @@ def test_a_search_is_bounded_by_the_largest_point_it_may_propose(
     tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Memory and duration of its highest numbers, over all methods it chooses from."""
-    monkeypatch.setattr("harness.plan_view.device_name", lambda device: "D")
+    monkeypatch.setattr("harness.forecast.view.device_name", lambda device: "D")
     search = """\
 version: 1
 name: planned

@@ -14,9 +14,9 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from harness.estimate import START_SECONDS, History
+from harness.forecast.duration import START_SECONDS, History
+from harness.forecast.memory import Peak, device_bytes, predict_peak
 from harness.measure.environment import device_name
-from harness.predict import Peak, device_bytes, predict_peak
 from harness.report import wording
 from harness.run.plan import grid_points, is_missing, largest_points, units
 from harness.run.text import describe_source, find_data

@@ -4,7 +4,7 @@
 
 starts one `mocbench run` and so many `mocbench worker` processes on one sweep, kills whatever the seed says
 at moments spread over its progress, starts again what died, and at the end compares what is on record with
-what should be. Trials are stand-ins (`harness.soak_trial`); all the rest is the real thing. `--over postgres`
+what should be. Trials are stand-ins (`harness.soak.trial`); all the rest is the real thing. `--over postgres`
 brings the rows together in a PostgreSQL server that it starts, `--over ray` places the workers on two nodes
 of a Ray cluster that it starts. The exit code is 0 only if no row was lost or doubled and no process was
 left.
@@ -31,7 +31,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from harness.measure.environment import device_name
-from harness.soak_trial import DEVICE_VARIABLE, SECONDS_VARIABLE, expected_value
+from harness.soak.trial import DEVICE_VARIABLE, SECONDS_VARIABLE, expected_value
 from harness.store.files import RowStore, Store
 from harness.store.processes import environments
 from harness.store.rows import MEASURED
@@ -102,7 +102,7 @@ def soak(points: int, workers: int, kills: int, seed: int, over: str, trial_seco
         options = ["--points", str(points), "--results", str(folder / "results")]
         store: RowStore = Store(folder / "results" / "soak")
         if over == "postgres":
-            from harness.postgres import PrivatePostgres
+            from harness.soak.postgres import PrivatePostgres
             from harness.store.database import Database, DatabaseStore
 
             url = stack.enter_context(PrivatePostgres(folder / "postgres")).url
@@ -247,7 +247,7 @@ def _processes(mark: str) -> dict[str, list[int]]:
             role = "other"
             if "--role" in words:
                 role = words[words.index("--role") + 1]
-            elif "harness.soak_trial" in words:
+            elif "harness.soak.trial" in words:
                 role = "trial"
             elif words[0].startswith("ray::_RayWorker"):
                 role = "worker"
@@ -292,7 +292,7 @@ def _play(role: str, points: int, results: Path, storage: str | None, executor: 
         results=results,
         storage=storage,
         executor=executor,
-        trial_command=(sys.executable, "-m", "harness.soak_trial"),
+        trial_command=(sys.executable, "-m", "harness.soak.trial"),
     )
     play = run_sweep if role == "run" else run_worker
     play(soak_sweep(points), options, Console())
@@ -316,7 +316,3 @@ def main() -> int:
     verdict = soak(given.points, given.workers, given.kills, given.seed, given.over, given.trial_seconds)
     print(verdict.text())
     return 0 if verdict.good else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
