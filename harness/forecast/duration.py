@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import pandas as pd
 
-from harness.sweep.catalog import _TIMED
+from harness.sweep.catalog import WORKLOADS, workloads_where
 from harness.sweep.model import Part
 from harness.sweep.point import Point
 from moc.config import FfnShape
@@ -22,9 +22,6 @@ START_SECONDS = {"cuda": 13.0, "cpu": 5.0}
 _POINT_SECONDS = 2.0  # an FFN point's gate, warm-up and memory pass (seen on one H100)
 _COMPILE_TWICE = 1.4  # compile_s is the model; its layer is compiled once more for its saved bytes
 _EVALUATIONS = 5  # during one training run; each token costs a third of a training token
-# Timing loops of a point, and how many steps one sample of all of them takes: forward, backward and both; one
-# decoding step; 32 of them and a prompt, which takes about as long.
-_LOOPS = {"ffn_train": (3, 2), "ffn_decode": (1, 1), "generate": (2, 64)}
 _UNIT = {"step_ms": 1e-3, "latency_us": 1e-6, "latency_ms": 1e-3}
 
 
@@ -46,7 +43,7 @@ class History:
         self._metrics: dict[str, dict[str, float]] = {}
         for row in cast(list[dict[str, Any]], own.to_dict("records")):
             self._metrics.setdefault(row["point_key"], {})[row["metric"]] = float(row["value"])
-            if row["metric"] == _TIMED.get(row["workload"]):
+            if row["metric"] == WORKLOADS[row["workload"]].step_metric:
                 like = (row["workload"], row["method"], row["dtype"])
                 self._points.setdefault(like, []).append(row)
 
@@ -56,7 +53,7 @@ class History:
 
     def saved_bytes(self, point: Point) -> float | None:
         """Measured bytes per token that a layer of the point's method and shape saves; None if unknown."""
-        for workload in ("pretrain", "ffn_train"):
+        for workload in workloads_where(decodes=False):
             for row in self._points.get((workload, point.method, point.dtype), ()):
                 same = (row["d_model"], row["d_ffn"]) == (point.d_model, point.d_ffn)
                 value = self.metric(row["point_key"], "saved_activation_bytes_per_token")
@@ -73,24 +70,26 @@ class History:
         known = self._points.get((point.workload, point.method, point.dtype))
         if not known:
             return None
+        workload = WORKLOADS[point.workload]
         work = step_flops(point)
 
         def distance(row: dict[str, Any]) -> tuple[bool, float]:
             return _rule(row) != point.selection, abs(math.log(work / _row_flops(row)))
 
         row = min(known, key=distance)
-        metric = _TIMED[point.workload]
+        metric = workload.step_metric
         ratio = work / _row_flops(row)
         step = float(row["value"]) * _UNIT[metric] * ratio
         compile_s = self.metric(row["point_key"], "compile_s") or 0.0
-        if point.workload == "pretrain":
+        if workload.reads_text:
             steps = (point.train_tokens or 0) // point.tokens
             evaluations = _EVALUATIONS * (point.eval_tokens or 0) / point.tokens / 3
             seconds = (steps + evaluations) * step + _COMPILE_TWICE * compile_s
         else:
-            loops, steps = _LOOPS[point.workload]
-            timed = int(row["n_samples"]) * step * steps
-            seconds = _POINT_SECONDS + compile_s + min(timed, loops * part.measure.timing.max_seconds)
+            timed = int(row["n_samples"]) * step * workload.steps_per_sample
+            seconds = (
+                _POINT_SECONDS + compile_s + min(timed, workload.loops * part.measure.timing.max_seconds)
+            )
         return Estimate(seconds, abs(ratio - 1) > 1e-9)
 
 
@@ -101,14 +100,13 @@ def step_flops(point: Point) -> float:
     that. A step of decoding is a forward of one token a sequence. Sparse methods have the same products, so
     ratios hold for them as well.
     """
-    ffn = 2.0 * FfnShape(point.d_model, point.d_ffn).n_params()
-    if point.workload == "ffn_decode":
-        return ffn * point.batch * point.n_layers
-    if point.workload == "ffn_train":
-        return 3 * ffn * point.tokens * point.n_layers
-    attention = 2.0 * 4 * point.d_model**2 + 2.0 * point.d_model * point.seq_len
-    token = point.n_layers * (ffn + attention) + 2.0 * (point.vocab_size or 0) * point.d_model
-    return token * (point.batch if point.workload == "generate" else 3 * point.tokens)
+    workload = WORKLOADS[point.workload]
+    layer = 2.0 * FfnShape(point.d_model, point.d_ffn).n_params()
+    head = 0.0
+    if workload.whole_model:
+        layer += 2.0 * 4 * point.d_model**2 + 2.0 * point.d_model * point.seq_len
+        head = 2.0 * (point.vocab_size or 0) * point.d_model
+    return (point.n_layers * layer + head) * (point.batch if workload.decodes else 3 * point.tokens)
 
 
 def _rule(row: dict[str, Any]) -> str | None:

@@ -29,6 +29,7 @@ from pathlib import Path
 
 import torch
 
+from harness.sweep.catalog import WORKLOADS
 from harness.sweep.point import Point
 from harness.sweep.support import model_config
 from moc.config import FfnShape
@@ -76,7 +77,8 @@ def predict_peak(point: Point, device: str, saved_bytes: float | None = None) ->
     method has no formula. Of a `pretrain` point the whole process counts; of an `ffn_train` point the row is
     one step over weights and inputs, and the process also holds those, and more of them for the gate.
     """
-    if point.workload not in ("pretrain", "ffn_train"):
+    workload = WORKLOADS[point.workload]
+    if workload.decodes:
         return None
     method = get_method(point.method)
     by_formula = saved_by_formula(method, point)
@@ -86,7 +88,7 @@ def predict_peak(point: Point, device: str, saved_bytes: float | None = None) ->
         saved = _saved_by_dense(method, point, device)
     working = _working_bytes(method, point, device, saved)
     slack = _CPU_SLACK if device == "cpu" else 1.0
-    if point.workload == "pretrain":
+    if workload.whole_model:
         total = _training_bytes(method, point, device, saved, working)
         return Peak(total, 0.0, slack, assumed)
     row = _layer_step_bytes(point, saved, working)

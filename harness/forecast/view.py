@@ -23,6 +23,7 @@ from harness.run.text import describe_source, find_data
 from harness.store.folders import results_folder
 from harness.store.frames import read_rows
 from harness.store.rows import COLUMNS, is_primary
+from harness.sweep.catalog import WORKLOADS
 from harness.sweep.model import Part, Sweep
 from harness.sweep.point import Point
 from harness.sweep.support import unsupported_reason
@@ -70,7 +71,7 @@ class Plan:
             lines = [self._line(part, point, known, retry) for point in points]
             self.parts.append((part, _corrected(lines)))
             self.processes += len(units(part, points, [line.point for line in lines if line.fresh]))
-            self.unprepared |= any(p.workload == "pretrain" and p.data_id is None for p in points)
+            self.unprepared |= any(WORKLOADS[p.workload].reads_text and p.data_id is None for p in points)
 
     def _line(self, part: Part, point: Point, known: Mapping[tuple[str, str], str], retry: str) -> Line:
         reason = unsupported_reason(point, self.device)

@@ -15,7 +15,7 @@ import pandas as pd
 from harness.report import wording
 from harness.report.points import point_table
 from harness.report.summary import in_order, summarise
-from harness.sweep.catalog import DECODING
+from harness.sweep.catalog import workloads_where
 
 # Lines that differ in the batch alone; a prompt's length is one of a whole model only.
 _SERIES = (
@@ -45,7 +45,11 @@ def decoded(rows: pd.DataFrame) -> pd.DataFrame:
     summary = summarise(point_table(rows)) if not rows.empty else pd.DataFrame()
     if summary.empty:
         return summary.reindex(columns=[*_SERIES, "batch", "cell", "family", "k_frac", "x_best_dense"])
-    sparse = summary["workload"].isin(DECODING) & (summary["family"] != "") & ~summary["is_dense"]
+    sparse = (
+        summary["workload"].isin(workloads_where(decodes=True))
+        & (summary["family"] != "")
+        & ~summary["is_dense"]
+    )
     return in_order(summary[sparse & summary["x_best_dense"].notna() & ~summary["misaligned"]])
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 from scipy import stats
 
 from harness.report.points import point_table
-from harness.sweep.catalog import _WORKLOADS
+from harness.sweep.catalog import WORKLOADS
 from harness.sweep.metrics import METRICS
 from moc.methods import METHODS
 
@@ -78,7 +78,7 @@ def in_order(table: pd.DataFrame) -> pd.DataFrame:
     if table.empty:
         return table
     keys = table.assign(
-        _work=[_rank(name, _WORKLOADS) for name in table["workload"]],
+        _work=[_rank(name, tuple(WORKLOADS)) for name in table["workload"]],
         _size=table["n_layers"] * table["d_model"] * table["d_ffn"],
         _sparse=~table["is_dense"].astype(bool),
         _known=[_rank(name, tuple(METHODS)) for name in table["method"]],

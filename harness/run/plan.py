@@ -6,9 +6,9 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from harness.sweep.catalog import GROUPED_WORKLOADS, INTEGER_AXES
+from harness.sweep.catalog import FIELD, WORKLOADS, AxisValue
 from harness.sweep.grid import expand, make_point
-from harness.sweep.model import AxisValue, Part, Range, Sweep
+from harness.sweep.model import Part, Range, Sweep
 from harness.sweep.point import Point, group_points
 from moc.methods import get_method
 
@@ -48,7 +48,7 @@ def is_missing(point: Point, status: Mapping[tuple[str, str], str], device_name:
 
 def units(part: Part, points: list[Point], missing: list[Point]) -> list[Unit]:
     """The work that measures `missing`, in order; `points` are all points of the part."""
-    if part.workload not in GROUPED_WORKLOADS:
+    if not WORKLOADS[part.workload].grouped:
         return [Unit(part, (point,)) for point in missing]
     wanted = {point.key for point in missing}
     work = []
@@ -70,7 +70,7 @@ def largest_points(part: Part, data_ids: Mapping[int, str] | None = None) -> lis
     choices: list[list[AxisValue]] = []
     for name, axis in part.axes.items():
         if isinstance(axis, Range):
-            choices.append([int(axis.high) if name in INTEGER_AXES else axis.high])
+            choices.append([int(axis.high) if FIELD[name].type is int else axis.high])
         else:
             numbers = [value for value in axis if not isinstance(value, str)]
             choices.append([max(numbers)] if len(numbers) == len(axis) else axis)

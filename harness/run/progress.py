@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from harness.run.supervise import Finished
 from harness.store.files import MEASURED
-from harness.sweep.catalog import PRIMARY_METRIC
+from harness.sweep.catalog import WORKLOADS
 from harness.sweep.metrics import METRICS
 from harness.sweep.point import Point
 
@@ -81,7 +81,7 @@ class SweepProgress:
             task = self._running.pop(outcome.point.key, None)
             if task is not None:
                 self._bar.remove_task(task)
-            metric = PRIMARY_METRIC[outcome.point.workload]
+            metric = WORKLOADS[outcome.point.workload].primary_metric
             row = next(row for row in outcome.rows if row["metric"] == metric)
             if good:
                 self._note_best(metric, row["value"], outcome.point)

@@ -17,7 +17,7 @@ from harness.search.storage import Storage
 from harness.store.files import RowStore
 from harness.store.leases import Claims
 from harness.store.rows import MEASURED
-from harness.sweep.catalog import GROUPED_WORKLOADS
+from harness.sweep.catalog import WORKLOADS
 from harness.sweep.model import Part, Sweep
 from harness.sweep.point import Point
 
@@ -104,7 +104,7 @@ class Search:
             if lost or not run.is_missing(point, run.store.finished([point.key])):
                 run.progress.skip(point, lost or "measured before")
                 continue
-            companions = (dense,) if has_baseline and part.workload in GROUPED_WORKLOADS else ()
+            companions = (dense,) if has_baseline and WORKLOADS[part.workload].grouped else ()
             run.run_unit(Unit(part, (point,), companions), environment, stop)
             if proposal.pruned:
                 lost = "given up: worse than the others at the same place"

@@ -20,7 +20,7 @@ from typing import Any
 
 from harness.run.guard import GuardedProcess
 from harness.run.trial import EXIT_OOM, TRIAL_COMMAND, output_path
-from harness.sweep.catalog import PRIMARY_METRIC
+from harness.sweep.catalog import WORKLOADS
 from harness.sweep.model import Limits
 from harness.sweep.point import Point
 from harness.workloads.job import Job, write_job
@@ -160,7 +160,7 @@ class _Trial:
         row = make_row(
             self._job,
             self._current,
-            PRIMARY_METRIC[self._current.workload],
+            WORKLOADS[self._current.workload].primary_metric,
             status,
             detail,
             **self._conditions,

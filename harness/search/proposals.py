@@ -24,8 +24,9 @@ from harness.search.outcome import INFEASIBLE, Outcome, Row, against_dense, judg
 from harness.search.samplers import RUNGS, generation_attributes
 from harness.search.study import PartStudy, attributes, write_note
 from harness.store.rows import MEASURED
+from harness.sweep.catalog import AxisValue
 from harness.sweep.grid import baseline_of, make_point, point_of_row
-from harness.sweep.model import AxisValue, Optimize, Range, part_name
+from harness.sweep.model import Optimize, Range, part_name
 from harness.sweep.point import Point
 
 

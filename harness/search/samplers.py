@@ -18,8 +18,8 @@ from optuna.samplers.nsgaii import BLXAlphaCrossover
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from harness.sweep.catalog import INTEGER_AXES
-from harness.sweep.model import AxisValue, Optimize, Part, Range
+from harness.sweep.catalog import FIELD, AxisValue
+from harness.sweep.model import Optimize, Part, Range
 from harness.sweep.point import Point
 
 # Where trainings are compared, in percent of their tokens: the evaluations before the last one.
@@ -46,7 +46,7 @@ def space(part: Part, points: Sequence[Point]) -> dict[str, BaseDistribution]:
 def _distribution(name: str, axis: list[AxisValue] | Range) -> BaseDistribution:
     if isinstance(axis, list):
         return CategoricalDistribution(axis)
-    if name in INTEGER_AXES:
+    if FIELD[name].type is int:
         return IntDistribution(int(axis.low), int(axis.high), log=axis.log, step=int(axis.step or 1))
     return FloatDistribution(axis.low, axis.high, log=axis.log, step=axis.step)
 

@@ -20,7 +20,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from harness.search.outcome import Outcome, Row, judge
 from harness.search.samplers import make_pruner, make_sampler, space
 from harness.store.rows import MEASURED, counts_over
-from harness.sweep.catalog import _GRID_OBJECTIVES
+from harness.sweep.catalog import PEAK, PEAK_METRIC, WORKLOADS
 from harness.sweep.metrics import METRICS
 from harness.sweep.model import Objective, Optimize, Part, Sweep, part_name, sweep_text
 from harness.sweep.point import Point
@@ -43,8 +43,7 @@ def objectives(part: Part, device: str) -> list[Objective]:
     """What the study of a part looks at: the sweep's own objectives, or the workload's usual ones."""
     if part.optimize is not None:
         return part.optimize.objectives
-    peak = "peak_allocated_bytes" if device == "cuda" else "peak_rss_over_start_bytes"
-    names = [peak if name == "PEAK" else name for name in _GRID_OBJECTIVES[part.workload]]
+    names = [PEAK_METRIC[device] if name == PEAK else name for name in WORKLOADS[part.workload].objectives]
     return [
         Objective(metric=name, direction="maximize" if METRICS[name].higher_is_better else "minimize")
         for name in names

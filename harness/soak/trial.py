@@ -16,7 +16,7 @@ from pathlib import Path
 
 from harness.run import guard
 from harness.run.trial import output_path
-from harness.sweep.catalog import PRIMARY_METRIC
+from harness.sweep.catalog import WORKLOADS
 from harness.sweep.point import Point
 from harness.workloads.job import Job
 from harness.workloads.reporter import EventReporter
@@ -58,7 +58,7 @@ def main() -> int:
 
 
 def _measure(report: EventReporter, point: Point) -> None:
-    metric, value = PRIMARY_METRIC[point.workload], expected_value(point.key)
+    metric, value = WORKLOADS[point.workload].primary_metric, expected_value(point.key)
     report.samples(point, metric, [value, value + 1])
     report.measure(point, metric, value, n_samples=2, statistic="none")
     report.finish(point)

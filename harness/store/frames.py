@@ -10,7 +10,7 @@ import pandas as pd
 
 from harness.store.lines import read_lines
 from harness.store.rows import COLUMNS, PointPlace, counts_over, place, whole_batches
-from harness.sweep.catalog import PRIMARY_METRIC
+from harness.sweep.catalog import WORKLOADS
 from harness.sweep.metrics import METRICS
 
 _INTEGERS = (
@@ -107,7 +107,7 @@ def wide(rows: pd.DataFrame) -> pd.DataFrame:
     if rows.empty:
         return pd.DataFrame(columns=list(POINT_COLUMNS))
     keys = ["device_name", "point_key"]
-    primary = rows[rows["metric"] == rows["workload"].map(PRIMARY_METRIC)]
+    primary = rows[rows["metric"] == rows["workload"].map(lambda name: WORKLOADS[name].primary_metric)]
     table = primary[list(POINT_COLUMNS)].drop_duplicates(keys).set_index(keys)
     order = [name for name in METRICS if name in set(rows["metric"])]
     for metric in order:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from harness.sweep.catalog import PRIMARY_METRIC
+from harness.sweep.catalog import WORKLOADS
 from harness.sweep.metrics import METRICS, STATUSES
 
 COLUMNS: tuple[str, ...] = (
@@ -35,7 +35,7 @@ def batch_key(row: Mapping[str, Any]) -> BatchKey:
 
 def is_primary(row: Mapping[str, Any]) -> bool:
     """Whether a row is the one that is written last and makes its point whole."""
-    return bool(row["metric"] == PRIMARY_METRIC[row["workload"]])
+    return bool(row["metric"] == WORKLOADS[row["workload"]].primary_metric)
 
 
 def counts_over(new: str, old: str | None) -> bool:
@@ -59,7 +59,7 @@ def checked(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     if not rows or len({row["point_key"] for row in rows}) != 1:
         raise ValueError("rows of exactly one point are appended together")
-    primary = PRIMARY_METRIC[rows[0]["workload"]]
+    primary = WORKLOADS[rows[0]["workload"]].primary_metric
     for row in rows:
         if row["metric"] not in METRICS:
             raise ValueError(f"metric {row['metric']!r} is not in harness.sweep.metrics.METRICS")

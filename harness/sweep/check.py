@@ -8,15 +8,16 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from harness.errors import SpecError, near_miss, short
-from harness.sweep.catalog import AXES, DTYPES, FLOAT_AXES, INTEGER_AXES, PRUNABLE, TIMING_MODES, WHOLE_MODEL
+from harness.sweep.catalog import FIELD, MIN_STEPS, PRUNABLE, WORKLOADS, AxisValue
 from harness.sweep.metrics import METRICS
-from harness.sweep.model import MAX_POINTS, Axis, AxisValue, Optimize, Part, Range, Sweep, part_name
+from harness.sweep.model import MAX_POINTS, Axis, Optimize, Part, Range, Sweep, part_name
 
 # What may stand in a path: no separator, and no leading dot, so no `..` either.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
 def check_sweep(source: str, prefix: tuple[Any, ...], sweep: Sweep) -> None:
+    """Raise SpecError for a sweep that cannot be run; `source` names the file, `prefix` the only part."""
     if not _NAME.fullmatch(sweep.name):
         raise SpecError(
             f"{source}: name is {short(sweep.name)}; it names a folder under results/: letters, digits,"
@@ -33,7 +34,9 @@ def check_sweep(source: str, prefix: tuple[Any, ...], sweep: Sweep) -> None:
 
 
 def _check_part(where: str, part: Part) -> None:
-    valid = AXES[part.workload]
+    if part.workload not in WORKLOADS:
+        raise SpecError(f"{where}workload is {part.workload!r}{near_miss(part.workload, WORKLOADS)}")
+    valid = WORKLOADS[part.workload].axes
     for section, names in (("axes", list(part.axes)), ("fixed", list(part.fixed))):
         for name in names:
             if name not in valid:
@@ -71,7 +74,7 @@ def _check_part(where: str, part: Part) -> None:
 def _check_range(place: str, name: str, axis: Range, part: Part) -> None:
     if part.mode != "optimize":
         raise SpecError(f"{place} is a range; a grid needs a list (ranges are for mode: optimize)")
-    if name not in INTEGER_AXES | FLOAT_AXES:
+    if FIELD[name].type is str:
         raise SpecError(f"{place} is a range, but {name} takes names; list them")
     if not all(math.isfinite(bound) for bound in (axis.low, axis.high, axis.step or 1)):
         raise SpecError(f"{place} is not finite; a range has a lowest, a highest value and a step")
@@ -85,7 +88,7 @@ def _check_range(place: str, name: str, axis: Range, part: Part) -> None:
         raise SpecError(f"{place} has log and step; Optuna takes one of the two")
     if axis.step is not None and axis.step <= 0:
         raise SpecError(f"{place}.step is {axis.step}; it must be above 0")
-    if name in INTEGER_AXES:
+    if FIELD[name].type is int:
         for bound, value in (("low", axis.low), ("high", axis.high), ("step", axis.step or 1)):
             if value != int(value):
                 raise SpecError(f"{place}.{bound} is {value}; {name} is a whole number")
@@ -96,10 +99,11 @@ def _check_value(place: str, name: str, value: AxisValue) -> None:
     from moc.methods import get_method
     from moc.selection import parse_selection
 
-    if name in INTEGER_AXES:
+    field = FIELD[name]
+    if field.type is int:
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise SpecError(f"{place} has {short(value)}; it should be a whole number of at least 1")
-    elif name in FLOAT_AXES:
+    elif field.type is float:
         if not isinstance(value, int | float) or not 0 < value < math.inf:
             raise SpecError(f"{place} has {short(value)}; it should be a finite number above 0")
         if name == "k_frac" and value > 1:
@@ -107,12 +111,9 @@ def _check_value(place: str, name: str, value: AxisValue) -> None:
     elif name == "preset":
         if value not in PRESETS:
             raise SpecError(f"{place} has {short(value)}{near_miss(str(value), PRESETS)}")
-    elif name == "dtype":
-        if value not in DTYPES:
-            raise SpecError(f"{place} has {short(value)}{near_miss(str(value), DTYPES)}")
-    elif name == "timing_mode":
-        if value not in TIMING_MODES:
-            raise SpecError(f"{place} has {short(value)}{near_miss(str(value), TIMING_MODES)}")
+    elif field.choices:
+        if value not in field.choices:
+            raise SpecError(f"{place} has {short(value)}{near_miss(str(value), field.choices)}")
     elif name == "selection":
         try:
             parse_selection(str(value))
@@ -132,18 +133,22 @@ def _check_complete(where: str, part: Part, given: set[str]) -> None:
         raise SpecError(f"{where}axes.method is missing; list at least one method")
     if "preset" not in given and not {"d_model", "d_ffn"} <= given:
         raise SpecError(f"{where}axes.preset is missing; give preset, or d_model and d_ffn")
-    if part.workload in WHOLE_MODEL and "preset" not in given and not {"n_layers", "n_heads"} <= given:
+    workload = WORKLOADS[part.workload]
+    if workload.whole_model and "preset" not in given and not {"n_layers", "n_heads"} <= given:
         raise SpecError(
             f"{where}axes.preset is missing; {part.workload} without a preset needs n_layers and n_heads"
         )
     size = given & {"batch", "seq_len", "tokens"}
-    if part.workload == "ffn_decode":
+    if workload.decodes and not workload.whole_model:
         if "batch" not in given or size - {"batch"}:
-            raise SpecError(f"{where}axes.batch is what ffn_decode needs, and neither seq_len nor tokens")
+            raise SpecError(
+                f"{where}axes.batch is what {workload.name} needs, and neither seq_len nor tokens"
+            )
     elif "seq_len" not in given or len(size) != 2:
         raise SpecError(f"{where}axes needs seq_len and one of batch or tokens; it has {sorted(size)}")
-    if part.workload == "pretrain" and "train_tokens" not in given:
-        raise SpecError(f"{where}fixed.train_tokens is missing; pretrain needs its token budget")
+    for name in workload.required:
+        if name not in given:
+            raise SpecError(f"{where}fixed.{name} is missing; {workload.name} needs it")
     if {"selection", "k_frac"} <= given:
         raise SpecError(f"{where}axes.k_frac and axes.selection exclude each other; k_frac means topk")
     methods = part.axes.get("method", [part.fixed.get("method", "")])
@@ -172,7 +177,7 @@ def check_search(where: str, part: Part, search: Optimize) -> None:
         raise SpecError(f"{where}seeds has a seed twice; give each once")
     _check_baseline(where, search)
     _check_pruner(where, part, search)
-    if part.workload == "pretrain":
+    if WORKLOADS[part.workload].reads_text:
         _check_steps(where, part)
 
 
@@ -195,7 +200,7 @@ def _check_pruner(where: str, part: Part, search: Optimize) -> None:
         raise SpecError(
             f"{place} with {len(search.objectives)} objectives; only a study with one objective can prune"
         )
-    if part.workload != "pretrain" or search.objectives[0].metric not in PRUNABLE:
+    if not WORKLOADS[part.workload].reads_text or search.objectives[0].metric not in PRUNABLE:
         raise SpecError(
             f"{place}, but {search.objectives[0].metric} of {part.workload} is known only at the end;"
             f" pretrain with one of {', '.join(PRUNABLE)} can prune"
@@ -204,7 +209,6 @@ def _check_pruner(where: str, part: Part, search: Optimize) -> None:
 
 def _check_steps(where: str, part: Part) -> None:
     """Every corner of the space must leave a training its least number of steps."""
-    from harness.sweep.catalog import MIN_STEPS
 
     per_step = _bound(part, "tokens", max) or _bound(part, "batch", max) * _bound(part, "seq_len", max)
     budget = _bound(part, "train_tokens", min)

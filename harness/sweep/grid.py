@@ -8,8 +8,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from harness.sweep.catalog import INTEGER_AXES, PRETRAIN_DEFAULTS, WHOLE_MODEL
-from harness.sweep.model import AxisValue, Part, Range
+from harness.sweep.catalog import FIELD, SHAPE_AXES, STEP_AXES, WORKLOADS, AxisValue
+from harness.sweep.model import Part, Range
 from harness.sweep.point import Point
 from moc.config import get_preset
 from moc.methods import get_method
@@ -56,14 +56,16 @@ def make_point(
         rule = f"topk:{round(fraction, 6)}"
     selection = str(parse_selection(str(rule))) if takes_selection and rule is not None else None
 
-    whole = part.workload in WHOLE_MODEL
-    extra: dict[str, Any] = {"n_heads": shape["n_heads"]} if whole else {}
-    if part.workload == "generate":
-        extra["vocab_size"] = values.get("vocab_size", PRETRAIN_DEFAULTS["vocab_size"])
-    if part.workload == "pretrain":
-        extra |= {name: values.get(name, default) for name, default in PRETRAIN_DEFAULTS.items()}
-        extra["lr"] = float(extra["lr"])
-        extra["train_tokens"] = values["train_tokens"]
+    workload = WORKLOADS[part.workload]
+    whole = workload.whole_model
+    extra: dict[str, Any] = {
+        name: FIELD[name].type(values.get(name, FIELD[name].default))  # type: ignore[arg-type]
+        for name in workload.axes
+        if name not in (*SHAPE_AXES, *STEP_AXES) and (name in values or FIELD[name].default is not None)
+    }
+    if whole:
+        extra["n_heads"] = shape["n_heads"]
+    if workload.reads_text:
         extra["data_id"] = (data_ids or {}).get(extra["vocab_size"])
     batch, seq_len = _batch_and_length(part, values)
     return Point(
@@ -76,9 +78,7 @@ def make_point(
         n_layers=shape["n_layers"] if whole else int(values.get("n_layers", 1)),
         batch=batch,
         seq_len=seq_len,
-        dtype=str(values.get("dtype", "bf16")),
         seed=seed,
-        timing_mode=str(values.get("timing_mode", "auto")),
         **extra,
     )
 
@@ -146,7 +146,7 @@ def assignment_of(
             value = given.get(name)
         if isinstance(axis, Range):
             inside = min(max(axis.high if value is None else value, axis.low), axis.high)
-            found[name] = int(inside) if name in INTEGER_AXES else float(inside)
+            found[name] = int(inside) if FIELD[name].type is int else float(inside)
         elif value is None:
             found[name] = axis[0]
         else:
@@ -172,14 +172,15 @@ def _same(name: str, choice: AxisValue, value: Any, d_ffn: int) -> bool:
 
 def vocab_sizes(part: Part) -> list[int]:
     """Vocabulary sizes a `pretrain` part needs tokenised text for; empty for other workloads."""
-    if part.workload != "pretrain":
+    if not WORKLOADS[part.workload].reads_text:
         return []
-    axis = part.axes.get("vocab_size", [part.fixed.get("vocab_size", PRETRAIN_DEFAULTS["vocab_size"])])
+    axis = part.axes.get("vocab_size", [part.fixed.get("vocab_size", FIELD["vocab_size"].default)])
     return [int(value) for value in axis] if isinstance(axis, list) else []
 
 
 def _batch_and_length(part: Part, values: Mapping[str, Any]) -> tuple[int, int]:
-    if part.workload == "ffn_decode":
+    workload = WORKLOADS[part.workload]
+    if workload.decodes and not workload.whole_model:
         return int(values["batch"]), 1
     seq_len = int(values["seq_len"])
     if "batch" in values:

@@ -30,9 +30,6 @@ def _scalar(value: Any) -> Any:
     return value
 
 
-AxisValue = str | int | float
-
-
 _Scalar = Annotated[Any, pydantic.AfterValidator(_scalar)]
 
 
@@ -92,7 +89,7 @@ class Part(_Model):
     """One workload over one set of axes."""
 
     name: str = ""
-    workload: Literal["ffn_train", "ffn_decode", "generate", "pretrain"]
+    workload: str
     mode: Literal["grid", "optimize"] = "grid"
     axes: dict[str, Axis]
     fixed: dict[str, _Scalar] = {}

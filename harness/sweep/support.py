@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from harness.sweep.catalog import TRAINING_DTYPES, WHOLE_MODEL
+from harness.sweep.catalog import TRAINING_DTYPES, WORKLOADS
 from harness.sweep.point import Point
 from moc.config import FfnShape, LlamaConfig
 from moc.methods import get_method
@@ -15,15 +15,15 @@ def unsupported_reason(point: Point, device: str) -> str | None:
     """Why a point cannot be measured on a kind of device (`cpu`, `cuda`); None if it can."""
     method = get_method(point.method)
     selection = None if point.selection is None else parse_selection(point.selection)
-    decodes = point.workload in ("ffn_decode", "generate")
-    if decodes and not method.decode:
+    workload = WORKLOADS[point.workload]
+    if workload.decodes and not method.decode:
         return f"method {method.name} does not decode"
-    if point.workload == "generate" and method.generate_refusal is not None:
+    if workload.decodes and workload.whole_model and method.generate_refusal is not None:
         return f"method {method.name} does not generate: {method.generate_refusal}"
-    if not decodes and not method.backward:
+    if not workload.decodes and not method.backward:
         return f"method {method.name} has no backward pass"
-    if point.workload in WHOLE_MODEL:
-        if point.workload == "pretrain" and point.dtype not in TRAINING_DTYPES:
+    if workload.whole_model:
+        if workload.reads_text and point.dtype not in TRAINING_DTYPES:
             return f"dtype {point.dtype} cannot be trained; choose one of {', '.join(TRAINING_DTYPES)}"
         try:
             model_config(point)

@@ -16,6 +16,7 @@ from harness.measure.clocks import any_throttled, median_sm_clock
 from harness.measure.ffn import DTYPES, FfnTensors, ffn_weights
 from harness.measure.gate_data import chunk_rows
 from harness.measure.timing import ContenderFailed, PairedTimes, TimingSettings
+from harness.sweep.catalog import ALIGNMENT
 from harness.sweep.model import Measure
 from harness.sweep.point import Point
 from harness.workloads.job import Job, Reporter
@@ -25,7 +26,6 @@ from moc.methods import Method, get_method
 from moc.reference import overflow_count
 from moc.selection import Selection, parse_selection
 
-ALIGNMENT = 8  # elements: below it cuBLAS leaves its fast path (16-byte rows in a two-byte dtype)
 # Every method, selection and shape of a group compiles the same few functions anew; past this many PyTorch
 # would run the rest eagerly without a word.
 _RECOMPILE_LIMIT = 1024

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from typing import IO, Any
 
-from harness.sweep.catalog import PRIMARY_METRIC
+from harness.sweep.catalog import WORKLOADS
 from harness.sweep.metrics import METRICS, STATUSES
 from harness.sweep.point import SCHEMA_VERSION, Point
 from harness.workloads.job import Job
@@ -95,7 +95,7 @@ class EventReporter:
         if status not in STATUSES:
             raise ValueError(f"status {status!r} is not one of {', '.join(STATUSES)}")
         rows = self._rows.pop(point.key, [])
-        primary = PRIMARY_METRIC[point.workload]
+        primary = WORKLOADS[point.workload].primary_metric
         if status in ("ok", "unstable"):
             for row in rows:
                 if row["metric"] == primary:

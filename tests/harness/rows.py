@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from harness.sweep.catalog import PRIMARY_METRIC
+from harness.sweep.catalog import WORKLOADS
 from harness.sweep.model import Measure
 from harness.sweep.point import Point
 from harness.workloads.job import Job
@@ -20,7 +20,7 @@ def rows_of(
 ) -> list[dict[str, Any]]:
     """One finished point's rows: a row per metric, or the single row of a failure."""
     job = Job("t", run_id, 1, (point,), Measure(), "cpu", "work")
-    primary = PRIMARY_METRIC[point.workload]
+    primary = WORKLOADS[point.workload].primary_metric
     if status not in ("ok", "unstable"):
         return [make_row(job, point, primary, status, "because", device_name=device, env_id="e")]
     rows = [

@@ -12,7 +12,7 @@ import pandas as pd
 
 from harness.store.files import COLUMNS, Store
 from harness.store.frames import read_rows
-from harness.sweep.catalog import PRIMARY_METRIC
+from harness.sweep.catalog import WORKLOADS
 from harness.sweep.metrics import METRICS
 from moc.config import PRESETS
 from moc.selection import parse_selection
@@ -44,7 +44,7 @@ def point(
         config = PRESETS[str(preset)]
         shape = (config.d_model, config.d_ffn, config.n_layers)
     k = parse_selection(selection).k(shape[1]) if selection else shape[1]
-    primary = PRIMARY_METRIC[workload]
+    primary = WORKLOADS[workload].primary_metric
     whole = workload == "pretrain"
     named = [workload, method, selection, preset, shape, seq_len, tokens, seed, sorted(more.items())]
     base: dict[str, Any] = {

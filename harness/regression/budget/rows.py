@@ -18,7 +18,7 @@ from typing import Any
 from harness.measure import launch, roofline
 from harness.regression.budget.check import Facts
 from harness.run.trial import run_job
-from harness.sweep.catalog import GROUPED_WORKLOADS, PRIMARY_METRIC
+from harness.sweep.catalog import WORKLOADS
 from harness.sweep.model import Measure, Timing
 from harness.sweep.point import Point
 from harness.workloads.job import Job
@@ -45,14 +45,14 @@ def collect() -> Facts:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MOCBENCH_CACHE"] = folder
         source = _text(Path(folder))
-        for workload in PRIMARY_METRIC:
+        for workload in WORKLOADS:
             if importlib.util.find_spec(f"harness.workloads.{workload}") is None:
                 continue
             if workload not in TINY:
                 facts["rows"][workload] = f"no tiny point in {Path(__file__).name}"
                 continue
             points = [Point(workload=workload, method=m, selection=r, **TINY[workload]) for m, r in RIVALS]
-            jobs = [points] if workload in GROUPED_WORKLOADS else [[point] for point in points]
+            jobs = [points] if WORKLOADS[workload].grouped else [[point] for point in points]
             for job in jobs:
                 metrics = _metrics(job, folder, source)
                 for point in job:
