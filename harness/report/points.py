@@ -18,20 +18,14 @@ from scipy import stats
 
 from harness.store.files import MEASURED
 from harness.store.frames import wide
-from harness.sweep.catalog import ALIGNMENT
+from harness.sweep.catalog import ALIGNMENT, FIELDS
 from harness.sweep.metrics import METRICS
 from moc.methods import METHODS
 
-# What rivals of one comparison share, apart from the seed.
-CELL: tuple[str, ...] = (
-    *("device_name", "workload", "preset", "d_model", "d_ffn", "n_layers", "batch", "seq_len", "tokens"),
-    *("train_tokens", "eval_tokens", "vocab_size", "lr", "data_id", "dtype", "timing_mode"),
-)
-_NUMBERS = (
-    *("d_model", "d_ffn", "n_layers", "batch", "seq_len", "tokens", "train_tokens", "vocab_size", "lr"),
-    *("eval_tokens", "k", "k_frac", "seed"),
-)
-_WORDS = ("selection", "preset", "data_id", "dtype", "timing_mode", "detail")
+# What the methods of one comparison share, apart from the seed.
+CELL: tuple[str, ...] = ("device_name", *(field.name for field in FIELDS if field.in_cell))
+_NUMBERS = tuple(field.name for field in FIELDS if field.type is not str)
+_WORDS = (*(field.name for field in FIELDS if field.type is str), "detail")
 _NUMERIC_COMPARISONS = (
     *("x_best_dense", "x_best_dense_ci_low", "x_best_dense_ci_high", "memory_change", "saved_change"),
     *("memory_change_fastest", "saved_change_fastest"),
@@ -74,12 +68,9 @@ def point_table(rows: pd.DataFrame, samples: pd.DataFrame | None = None) -> pd.D
     that of the differences window by window of the same validation text, and `gap_paired` is true; without
     them it takes the two losses as independent, which makes it several times wider.
     """
-    keys = ["device_name", "point_key"]
-    points = wide(rows).merge(
-        rows[[*keys, "data_id", "eval_tokens"]].drop_duplicates(keys), on=keys, how="left"
-    )
+    points = wide(rows)
     metrics = [f"{metric}{end}" for metric in METRICS for end in ("", "_ci_low", "_ci_high")]
-    words = ("device_name", "workload", "method", "status", "point_key", "started_at", *_WORDS)
+    words = ("device_name", "status", "point_key", "started_at", *_WORDS)
     points = points.reindex(columns=[*words, *_NUMBERS, *metrics])
     said = points[list(words)].astype(object).where(points[list(words)].notna(), "")
     said["device_name"] = said["device_name"].replace("", "unknown device")

@@ -9,59 +9,26 @@ import filelock
 import pandas as pd
 
 from harness.store.lines import read_lines
-from harness.store.rows import COLUMNS, PointPlace, counts_over, place, whole_batches
-from harness.sweep.catalog import WORKLOADS
+from harness.store.rows import COLUMN_TYPES, COLUMNS, PointPlace, counts_over, place, whole_batches
+from harness.sweep.catalog import FIELDS, WORKLOADS
 from harness.sweep.metrics import METRICS
 
-_INTEGERS = (
-    *(
-        "schema_version",
-        "attempt",
-        "seed",
-        "d_model",
-        "d_ffn",
-        "n_layers",
-        "n_heads",
-        "k",
-        "batch",
-        "seq_len",
-    ),
-    *("tokens", "train_tokens", "eval_tokens", "vocab_size", "n_samples"),
-)
-
-
-_FLOATS = ("k_frac", "lr", "value", "ci_low", "ci_high", "sm_clock_mhz")
-
-
-_BOOLEANS = ("higher_is_better", "throttled")
+_DTYPES = {int: "Int64", float: "Float64", bool: "boolean"}  # nullable: a missing number stays missing
 
 
 def typed(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows with nullable column types, so that a missing number stays missing."""
-    types = {
-        **dict.fromkeys(_INTEGERS, "Int64"),
-        **dict.fromkeys(_FLOATS, "Float64"),
-        **dict.fromkeys(_BOOLEANS, "boolean"),
-    }
-    return rows.astype(types)
+    return rows.astype({name: _DTYPES[kind] for name, kind in COLUMN_TYPES.items() if kind in _DTYPES})
 
 
 # What tells points of one sweep apart for people, in the order wide.csv shows it.
 POINT_COLUMNS: tuple[str, ...] = (
-    *("device_name", "workload", "preset", "d_model", "d_ffn", "n_layers", "batch", "seq_len", "tokens"),
-    *(
-        "method",
-        "selection",
-        "k",
-        "k_frac",
-        "dtype",
-        "timing_mode",
-        "train_tokens",
-        "vocab_size",
-        "lr",
-        "seed",
-    ),
-    *("point_key", "status", "detail", "started_at"),
+    "device_name",
+    *(field.name for field in FIELDS),
+    "point_key",
+    "status",
+    "detail",
+    "started_at",
 )
 
 

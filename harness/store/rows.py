@@ -5,18 +5,30 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from harness.sweep.catalog import WORKLOADS
+from harness.sweep.catalog import FIELDS, WORKLOADS
 from harness.sweep.metrics import METRICS, STATUSES
 
-COLUMNS: tuple[str, ...] = (
-    *("schema_version", "sweep", "point_key", "run_id", "attempt", "seed"),
-    *("workload", "method", "selection", "preset", "d_model", "d_ffn", "n_layers", "n_heads", "k", "k_frac"),
-    *("batch", "seq_len", "tokens", "train_tokens", "eval_tokens", "vocab_size", "lr", "data_id"),
-    *("dtype", "timing_mode"),
-    *("metric", "unit", "higher_is_better", "value", "ci_low", "ci_high", "n_samples", "statistic"),
-    *("status", "detail"),
-    *("device_name", "sm_clock_mhz", "throttled", "env_id", "started_at"),
-)
+# Columns of a row before and after those of its point.
+_RUN = {"schema_version": int, "sweep": str, "point_key": str, "run_id": str, "attempt": int}
+_VALUE = {
+    "metric": str,
+    "unit": str,
+    "higher_is_better": bool,
+    "value": float,
+    "ci_low": float,
+    "ci_high": float,
+    "n_samples": int,
+    "statistic": str,
+    "status": str,
+    "detail": str,
+    "device_name": str,
+    "sm_clock_mhz": float,
+    "throttled": bool,
+    "env_id": str,
+    "started_at": str,
+}
+COLUMN_TYPES: dict[str, type] = {**_RUN, **{field.name: field.type for field in FIELDS}, **_VALUE}
+COLUMNS: tuple[str, ...] = tuple(COLUMN_TYPES)
 PointPlace = tuple[str, str]  # device_name, point_key
 BatchKey = tuple[str, int, str, str]  # run_id, attempt, device_name, point_key
 # A measured value stands behind these; the others are outcomes without one.
