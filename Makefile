@@ -21,7 +21,8 @@ ARGS ?=
 BASE ?= HEAD
 MOCBENCH := $(PY) -m harness
 # Options of pytest for so many processes at most, that share the tests out so; none where xdist is missing.
-workers = $(if $(shell $(PY) -c "import xdist" 2>/dev/null && echo yes),-n auto --maxprocesses $(1) --dist $(2))
+# Without pytest-benchmark, which warns that it does nothing beside xdist; only `make bench` needs it.
+workers = $(if $(shell $(PY) -c "import xdist" 2>/dev/null && echo yes),-n auto --maxprocesses $(1) --dist $(2) -p no:benchmark)
 RUN_OPTIONS := $(SWEEP) $(if $(DATA),--data '$(DATA)') $(ARGS)
 
 .DEFAULT_GOAL := help
