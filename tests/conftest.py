@@ -1,5 +1,5 @@
-"""For all tests: hypothesis does not judge the speed of a busy machine; threads wait without spinning; what is
-imported is no garbage."""
+"""For all tests: hypothesis does not judge the speed of a busy machine; threads wait without spinning; what
+is imported is no garbage."""
 
 import gc
 import os
@@ -15,6 +15,6 @@ settings.load_profile("untimed")
 
 
 def pytest_collection_finish() -> None:
-    """Measurements collect garbage before they start: of what tests make, not of all the imported modules, which
-    would take a fifth of a second each time."""
+    """Measurements collect garbage before they start: of what tests make, not of all the imported modules,
+    which would take a fifth of a second each time."""
     gc.freeze()

@@ -43,7 +43,7 @@ def test_a_results_folder_survives_random_kills() -> None:
 
 
 def test_a_database_survives_random_kills() -> None:
-    """A runner and three workers on a PostgreSQL server, four kills: of the runner, a worker and two trials."""
+    """A runner and three workers on a PostgreSQL server; the runner, a worker and two trials are killed."""
     try:
         PrivatePostgres(Path("unused"))
     except NoPostgresError as error:

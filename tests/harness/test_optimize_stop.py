@@ -29,8 +29,8 @@ time.sleep(3600)
 
 
 def test_a_training_that_is_given_up_is_killed_and_leaves_no_row(tmp_path: Path) -> None:
-    """What it reached is asked about in order; at the first yes its process is gone, in the middle of its work
-    and not at its time limit, which would be a row."""
+    """What it reached is asked about in order; at the first yes its process is gone, in the middle of its
+    work and not at its time limit, which would be a row."""
     point = train_point()
     asked: list[tuple[int, dict[str, float]]] = []
     heard: list[Finished] = []
