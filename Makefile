@@ -60,7 +60,7 @@ soak: $(READY) ## kill -9 at random through a sweep and count what is lost: ARGS
 	$(PY) -m harness.soak $(ARGS)
 
 test: $(READY) ## run the tests
-	$(PY) -m pytest $(call workers,4,loadfile) $(ARGS)
+	$(PY) -m pytest $(call workers,4,loadfile --no-loadscope-reorder) $(ARGS)
 
 test-gpu: $(READY) ## run only the tests that need a GPU: kernels side by side, then those that measure one by one
 	$(PY) -m pytest -m gpu $(call workers,12,worksteal) tests/kernels tests/moc $(ARGS)
