@@ -44,7 +44,7 @@ def jit(fn: Callable[..., Any] | None = None, **options: Any) -> Any:
     return _Interpreted(fn, **made.kwargs) if INTERPRETED else made
 
 
-class _Interpreted(InterpretedFunction):  # type: ignore[misc]
+class _Interpreted(InterpretedFunction):
     """An interpreted function that calls what it calls without preparing the language for it once more.
 
     The launch of a kernel has done that for all of them; Triton's own does it again in every call, which
