@@ -21,7 +21,8 @@ ARGS ?=
 BASE ?= HEAD
 MOCBENCH := $(PY) -m harness
 # Options of pytest: $(1) processes at most, tests distributed by $(2). Empty if xdist is not installed.
-workers = $(if $(shell $(PY) -c "import xdist" 2>/dev/null && echo yes),-n auto --maxprocesses $(1) --dist $(2))
+# Without pytest-benchmark, which warns that it does nothing under xdist; only `make bench` needs it.
+workers = $(if $(shell $(PY) -c "import xdist" 2>/dev/null && echo yes),-n auto --maxprocesses $(1) --dist $(2) -p no:benchmark)
 RUN_OPTIONS := $(SWEEP) $(if $(DATA),--data '$(DATA)') $(ARGS)
 
 .DEFAULT_GOAL := help
@@ -59,7 +60,7 @@ soak: $(READY) ## kill random processes of a sweep (kill -9) and count lost rows
 	$(PY) -m harness.soak $(ARGS)
 
 test: $(READY) ## run the tests
-	$(PY) -m pytest $(call workers,4,loadfile) $(ARGS)
+	$(PY) -m pytest $(call workers,4,loadfile --no-loadscope-reorder) $(ARGS)
 
 test-gpu: $(READY) ## run only the tests that need a GPU: kernels in parallel, then measurements one at a time
 	$(PY) -m pytest -m gpu $(call workers,12,worksteal) tests/kernels tests/moc $(ARGS)

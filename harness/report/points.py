@@ -99,12 +99,12 @@ def _window_losses(rows: pd.DataFrame, samples: pd.DataFrame | None) -> dict[str
 
 def cell_ids(lines: pd.DataFrame, names: Sequence[str]) -> pd.Series:
     """What is equal for lines that agree in all of these columns."""
-    words = lines[list(names)].astype(object).fillna("").astype(str)
+    words = lines[list(names)].astype(object).map(lambda value: "" if pd.isna(value) else str(value))
     return pd.Series(map("|".join, words.to_numpy()), index=lines.index, dtype=object)
 
 
 def _with_derived(points: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
-    throttled = rows.loc[rows["throttled"].fillna(False).astype(bool), "point_key"]
+    throttled = rows.loc[rows["throttled"].astype("boolean").fillna(False).astype(bool), "point_key"]
     off = (points["d_model"] % ALIGNMENT != 0) | (points["d_ffn"] % ALIGNMENT != 0)
     allocated = points["peak_allocated_bytes"].notna()
     peak = points["peak_allocated_bytes"].fillna(points["peak_rss_over_start_bytes"])

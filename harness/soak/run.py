@@ -180,20 +180,23 @@ def _kill_at_random(
     chance: random.Random,
     weights: dict[str, int],
 ) -> set[str]:
-    """Kill at moments spread over the first nine tenths of the sweep; the points that were seen finished."""
+    """Kill at moments spread over the first nine tenths of the sweep; the points that were seen finished.
+
+    When and which role depends on `chance` alone, so that a seed names them.
+    """
     moments = sorted(chance.randrange(max(1, round(0.9 * verdict.points))) for _ in range(kills))
+    roles = chance.choices(list(weights), list(weights.values()), k=kills)
     seen: set[str] = set()
     while crew.is_busy():
         seen |= {key for (_, key), status in store.finished().items() if status in MEASURED}
         while moments and len(seen) >= moments[0]:
             time.sleep(chance.uniform(0, 0.1))
-            (role,) = chance.choices(list(weights), list(weights.values()))
-            victims = _processes(os.environ[MARK_VARIABLE])[role]
+            victims = _processes(os.environ[MARK_VARIABLE])[roles[0]]
             if not victims:
                 break
             with contextlib.suppress(ProcessLookupError):
                 os.kill(chance.choice(victims), signal.SIGKILL)
-                verdict.kills[role] += 1
+                verdict.kills[roles.pop(0)] += 1
                 moments.pop(0)
         time.sleep(0.05)
     return seen

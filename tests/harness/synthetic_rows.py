@@ -11,8 +11,8 @@ from typing import Any
 import pandas as pd
 
 from harness.store.files import Store
-from harness.store.rows import COLUMNS
 from harness.store.frames import read_rows
+from harness.store.rows import COLUMNS
 from harness.sweep.catalog import WORKLOADS
 from harness.sweep.metrics import METRICS
 from moc.config import PRESETS

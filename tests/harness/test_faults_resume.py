@@ -190,13 +190,13 @@ def test_a_full_disk_stops_the_run_and_the_next_one_goes_on(
                 file.write(bytes(4096))
         os.truncate(ballast, ballast.stat().st_size - room)
         with pytest.raises(OSError, match="No space left on device"):
-            run(disk, sweep(40))
+            run(disk, sweep(16))
         finished = ok_counts(disk)
         assert finished == once(len(finished))
         ballast.unlink()
-        summary = run(disk, sweep(40))
-        assert summary.statuses == {"ok": 40 - len(finished)}
-        assert ok_counts(disk) == once(40)
+        summary = run(disk, sweep(16))
+        assert summary.statuses == {"ok": 16 - len(finished)}
+        assert ok_counts(disk) == once(16)
         assert set(Store(disk / "s").finished().values()) == {"ok"}
 
 
@@ -264,14 +264,13 @@ def test_workers_of_a_search_share_its_trials(tmp_path: Path) -> None:
     assert {trial.params["batch"] for trial in found if trial.state.name == "COMPLETE"} == set(counts)
 
 
-@pytest.mark.parametrize("done", [2, 5])
-def test_a_killed_search_goes_on_with_its_trials(tmp_path: Path, done: int) -> None:
+def test_a_killed_search_goes_on_with_its_trials(tmp_path: Path) -> None:
     """kill -9 of the runner after some trials: the next run makes just the others."""
     set_faults(tmp_path, dict.fromkeys(range(1, 1001), "slow"))
     here = str(Path(__file__).parent)
     command = [sys.executable, "-c", PLAY, "run_sweep", "search", str(tmp_path), here]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as runner:
-        while len(ok_counts(tmp_path)) < done:
+        while len(ok_counts(tmp_path)) < 3:
             assert runner.poll() is None
         runner.kill()
     before = ok_counts(tmp_path)
@@ -311,6 +310,7 @@ time.time = lambda: real() + random.choice([-3e8, -3600, 0, 3600, 3e8])
 def test_a_clock_that_jumps_loses_and_doubles_nothing(tmp_path: Path) -> None:
     """Two runners whose time of day leaps by hours and years at every look finish a sweep exactly once."""
     (tmp_path / "sitecustomize.py").write_text(JUMPING_CLOCK)
-    told = play_together(tmp_path / "results", "sweep", "run_sweep", "run_sweep", PYTHONPATH=str(tmp_path))
+    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    told = play_together(tmp_path / "results", "sweep", "run_sweep", "run_sweep", PYTHONPATH=path)
     assert told == ["12 12 0\n"] * 2
     assert ok_counts(tmp_path / "results") == once(12)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
 
 from rows import train_point
@@ -30,8 +29,8 @@ time.sleep(3600)
 
 
 def test_a_training_that_is_given_up_is_killed_and_leaves_no_row(tmp_path: Path) -> None:
-    """What it reached is asked about in order; at the first yes its process is gone and nothing is reported,
-    long before its time limit."""
+    """What it reached is asked about in order; at the first yes its process is gone, in the middle of its
+    work and not at its time limit, which would be a row."""
     point = train_point()
     asked: list[tuple[int, dict[str, float]]] = []
     heard: list[Finished] = []
@@ -44,7 +43,6 @@ def test_a_training_that_is_given_up_is_killed_and_leaves_no_row(tmp_path: Path)
     script, process = tmp_path / "training.py", tmp_path / "pid"
     script.write_text(TRAINING)
     listener = Listener(heard.append, lambda record: None, lambda *progress: None, stop)
-    began = time.monotonic()
     run_job(
         Job("t", "r", 1, (point,), Measure(), "cpu", str(tmp_path)),
         tmp_path,
@@ -54,7 +52,6 @@ def test_a_training_that_is_given_up_is_killed_and_leaves_no_row(tmp_path: Path)
         environment={},
         command=(sys.executable, str(script), point.key, str(process)),
     )
-    assert time.monotonic() - began < 60
     assert asked == [(25, {"perplexity": 40.0}), (50, {"perplexity": 39.0})]
     assert heard == []
     assert not Path(f"/proc/{process.read_text()}").exists()

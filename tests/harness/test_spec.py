@@ -8,6 +8,7 @@ from harness.errors import SpecError
 from harness.sweep.load import MAX_FILE_BYTES, load_sweep, parse_sweep
 from harness.sweep.model import Range, sweep_text
 
+SWEEPS = sorted((Path(__file__).parents[2] / "sweeps").glob("*.yaml"))
 GOOD = """\
 version: 1
 name: demo
@@ -163,7 +164,12 @@ def test_a_bad_optimisation_is_refused(old: str, new: str, message: str) -> None
     assert str(caught.value).startswith("o.yaml: " + message)
 
 
-@pytest.mark.parametrize("path", sorted(Path("sweeps").glob("*.yaml")), ids=lambda path: path.stem)
+def test_there_are_committed_sweeps() -> None:
+    """The folder of sweeps is found from wherever the tests are started."""
+    assert SWEEPS
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_every_committed_sweep_is_valid(path: Path) -> None:
     """The sweeps in the repository load, and each is named like its file."""
     assert load_sweep(path).name == path.stem

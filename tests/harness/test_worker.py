@@ -1,6 +1,7 @@
 """Trials in child processes: whatever one does to itself becomes a typed row, and its rivals go on."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from harness.workloads.job import Job
 HERE = str(Path(__file__).parent)
 
 
-@pytest.fixture(autouse=True)
-def rivals_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module", autouse=True)
+def rivals_on_path() -> Iterator[None]:
     """Child processes can import tests/harness/rivals.py."""
-    monkeypatch.setenv("PYTHONPATH", HERE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (HERE, os.environ.get("PYTHONPATH")))))
+        yield
 
 
 def outcomes(folder: Path, points: list[Point], limits: Limits, **settings: Any) -> dict[str, Finished]:
@@ -37,6 +40,17 @@ def tiny(method: str) -> Point:
     return train_point(method, preset=None, d_model=16, d_ffn=32, batch=1, seq_len=8)
 
 
+# In this order in one job, so that each process dies at its first point and the last one measures the rest.
+RIVALS = ("segfault", "exits", "hard_exit", "sigkill", "raises", "cuda_error", "memory")
+
+
+@pytest.fixture(scope="module")
+def group(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Finished]:
+    """What became of every bad rival, of dense and of a good rival in one group, by method."""
+    points = [*(tiny(f"rivals:{name}") for name in RIVALS), tiny("dense"), tiny("rivals:good")]
+    return outcomes(tmp_path_factory.mktemp("group"), points, Limits(trial_seconds=60, retries=0))
+
+
 @pytest.mark.parametrize(
     ("rival", "status", "detail"),
     [
@@ -50,25 +64,23 @@ def tiny(method: str) -> Point:
     ],
 )
 def test_a_trial_that_dies_is_a_typed_row_and_its_rivals_are_measured(
-    tmp_path: Path, rival: str, status: str, detail: str
+    group: dict[str, Finished], rival: str, status: str, detail: str
 ) -> None:
     """The bad method gets its status and reason; the dense one of the same group its time."""
-    points = [tiny(f"rivals:{rival}"), tiny("dense")]
-    heard = outcomes(tmp_path, points, Limits(trial_seconds=60, retries=0))
-    bad = heard[f"rivals:{rival}"]
+    bad = group[f"rivals:{rival}"]
     assert (bad.status, bad.rows[-1]["detail"]) == (status, detail)
     assert bad.rows[-1]["value"] is None
-    assert heard["dense"].status in ("ok", "unstable")
-    if status == "crashed":  # nothing of that process can be trusted: dense got one of its own
-        assert heard["dense"].rows[-1]["run_id"] != bad.rows[-1]["run_id"]
+    assert group["dense"].status in ("ok", "unstable")
+    if status == "crashed":  # nothing of that process can be trusted: each of the others got another
+        others = [outcome for outcome in group.values() if outcome is not bad]
+        assert bad.rows[-1]["run_id"] not in {outcome.rows[-1]["run_id"] for outcome in others}
 
 
-@pytest.mark.parametrize("rival", ["orphan", "loop"])
-def test_a_trial_that_hangs_is_ended_with_everything_it_started(tmp_path: Path, rival: str) -> None:
+def test_a_trial_that_hangs_is_ended_with_everything_it_started(tmp_path: Path) -> None:
     """After the time limit neither the trial nor a process it started is left."""
-    heard = outcomes(tmp_path, [tiny(f"rivals:{rival}")], Limits(trial_seconds=8, retries=0))
-    assert heard[f"rivals:{rival}"].status == "timeout"
-    assert "limits.trial_seconds = 8" in heard[f"rivals:{rival}"].rows[-1]["detail"]
+    heard = outcomes(tmp_path, [tiny("rivals:orphan")], Limits(trial_seconds=8, retries=0))
+    assert heard["rivals:orphan"].status == "timeout"
+    assert "limits.trial_seconds = 8" in heard["rivals:orphan"].rows[-1]["detail"]
     job_file = str(next((tmp_path / "jobs").glob("*.json")))
     assert not [pid for pid in os.listdir("/proc") if pid.isdigit() and _belongs_to(pid, job_file)]
 
@@ -80,23 +92,14 @@ def test_a_trial_over_its_memory_limit_is_ended_as_out_of_memory(tmp_path: Path)
     assert "over limits.memory_bytes" in heard["rivals:hang"].rows[-1]["detail"]
 
 
-def test_a_crash_is_tried_again_as_often_as_the_sweep_says(tmp_path: Path) -> None:
-    """With one retry the row says attempt 2, and two jobs were run."""
-    heard = outcomes(tmp_path, [tiny("rivals:hard_exit")], Limits(trial_seconds=60, retries=1))
-    assert heard["rivals:hard_exit"].rows[-1]["attempt"] == 2
-    assert len(list((tmp_path / "jobs").glob("*.json"))) == 2
-
-
-def test_a_crash_leaves_the_end_of_its_log(tmp_path: Path) -> None:
+def test_a_crash_leaves_the_end_of_its_log(group: dict[str, Finished]) -> None:
     """The traceback that went to the log comes back with the outcome."""
-    heard = outcomes(tmp_path, [tiny("rivals:raises")], Limits(trial_seconds=60, retries=0))
-    assert "RuntimeError: this FFN always fails" in heard["rivals:raises"].log_tail
+    assert "RuntimeError: this FFN always fails" in group["rivals:raises"].log_tail
 
 
-def test_somebody_elses_ffn_is_measured_beside_dense(tmp_path: Path) -> None:
+def test_somebody_elses_ffn_is_measured_beside_dense(group: dict[str, Finished]) -> None:
     """A method given as package.module:factory gets its own rows by the same rules."""
-    heard = outcomes(tmp_path, [tiny("dense"), tiny("rivals:good")], Limits(trial_seconds=60))
-    assert {name: outcome.status in ("ok", "unstable") for name, outcome in heard.items()} == {
+    assert {name: group[name].status in ("ok", "unstable") for name in ("dense", "rivals:good")} == {
         "dense": True,
         "rivals:good": True,
     }
