@@ -44,7 +44,7 @@ def modules(root: Path) -> dict[str, Path]:
 
 
 def imports(path: Path, known: dict[str, Path]) -> Iterator[str]:
-    """What a file imports, at its top or inside a function; a module named after `import` counts as itself."""
+    """What a file imports, at its top or inside a function; a module after `import` counts as itself."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

@@ -126,7 +126,7 @@ for _ in range(10): study.complete(study.begin(POINTS[0]), POINTS[0], rows_of(PO
 def test_several_processes_share_one_journal(tmp_path: Path) -> None:
     """Three processes writing trials at once leave all 30, none broken."""
     study, _, _ = open_study(tmp_path)
-    command = [sys.executable, "-c", WRITER, str(tmp_path), str(Path(__file__).parent)]
+    command = [sys.executable, "-c", WRITER, str(tmp_path), str(Path(__file__).parents[1])]
     processes = [subprocess.Popen(command) for _ in range(3)]
     assert [process.wait() for process in processes] == [0, 0, 0]
     found = trials(tmp_path, study)

@@ -28,7 +28,7 @@ from harness.sweep.grid import expand
 from harness.sweep.load import parse_sweep
 from harness.sweep.model import Sweep
 
-COMMAND = (sys.executable, str(Path(__file__).parent / "fault_trial.py"))
+COMMAND = (sys.executable, str(Path(__file__).parents[1] / "fault_trial.py"))
 
 
 def sweep(points: int) -> Sweep:
@@ -115,7 +115,7 @@ def test_a_failure_leaves_the_end_of_its_log_and_status_shows_where(tmp_path: Pa
     shown = subprocess.run(
         [sys.executable, "-m", "harness", "status", str(tmp_path / "s.yaml"), "--results", "results"],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
         capture_output=True,
         text=True,
         check=True,
@@ -201,22 +201,24 @@ def test_a_full_disk_stops_the_run_and_the_next_one_goes_on(
 
 
 PLAY = """
-import io, sys; from pathlib import Path; sys.path.insert(0, sys.argv[4])
-from rich.console import Console; from harness.run import local, options, runner; import test_faults_resume as
-tests settings = options.RunOptions(results=Path(sys.argv[3]), trial_command=tests.COMMAND) model =
-getattr(tests, sys.argv[2])(12) summary = getattr(local if sys.argv[1] == "run_worker" else runner,
-sys.argv[1])(model, settings, Console(file=io.StringIO())) print(summary.total, summary.already_done +
-sum(summary.statuses.values()), summary.failed)
+import io, sys; from pathlib import Path; sys.path[:0] = sys.argv[4:]
+from rich.console import Console; from harness.run import local, options, runner
+import test_resume as tests
+settings = options.RunOptions(results=Path(sys.argv[3]), trial_command=tests.COMMAND)
+model = getattr(tests, sys.argv[2])(12)
+role = getattr(local if sys.argv[1] == "run_worker" else runner, sys.argv[1])
+summary = role(model, settings, Console(file=io.StringIO()))
+print(summary.total, summary.already_done + sum(summary.statuses.values()), summary.failed)
 """
 
 
 def play_together(results: Path, model: str, *roles: str, **environment: str) -> list[str]:
     """Processes that start together on one sweep of twelve points, each until all is done; their totals, what
     they found done and what failed."""
-    here = str(Path(__file__).parent)
+    here = [str(path) for path in Path(__file__).parents[:2]]
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", PLAY, role, model, str(results), here],
+            [sys.executable, "-c", PLAY, role, model, str(results), *here],
             env={**os.environ, **environment},
             stdout=subprocess.PIPE,
             text=True,
@@ -267,8 +269,8 @@ def test_workers_of_a_search_share_its_trials(tmp_path: Path) -> None:
 def test_a_killed_search_goes_on_with_its_trials(tmp_path: Path) -> None:
     """kill -9 of the runner after some trials: the next run makes just the others."""
     set_faults(tmp_path, dict.fromkeys(range(1, 1001), "slow"))
-    here = str(Path(__file__).parent)
-    command = [sys.executable, "-c", PLAY, "run_sweep", "search", str(tmp_path), here]
+    here = [str(path) for path in Path(__file__).parents[:2]]
+    command = [sys.executable, "-c", PLAY, "run_sweep", "search", str(tmp_path), *here]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as runner:
         while len(ok_counts(tmp_path)) < 3:
             assert runner.poll() is None

@@ -8,7 +8,7 @@ from harness.errors import SpecError
 from harness.sweep.load import MAX_FILE_BYTES, load_sweep, parse_sweep
 from harness.sweep.model import Range, sweep_text
 
-SWEEPS = sorted((Path(__file__).parents[2] / "sweeps").glob("*.yaml"))
+SWEEPS = sorted((Path(__file__).parents[3] / "sweeps").glob("*.yaml"))
 GOOD = """\
 version: 1
 name: demo

@@ -13,7 +13,7 @@ from harness.sweep.model import Limits, Measure, Timing
 from harness.sweep.point import Point
 from harness.workloads.job import Job
 
-HERE = str(Path(__file__).parent)
+HERE = str(Path(__file__).parents[1])
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -25,7 +25,7 @@ from moc.llama import Llama
 from moc.methods import get_method
 from moc.selection import parse_selection
 
-H100 = Path(__file__).parents[2] / "results/h100_first"
+H100 = Path(__file__).parents[3] / "results/h100_first"
 SWEEP = """\
 version: 1
 name: planned

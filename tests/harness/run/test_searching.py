@@ -40,13 +40,13 @@ optimize:
 @pytest.fixture(autouse=True)
 def harness_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """The stand-in can import the harness wherever the tests are started."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))
 
 
 def run(folder: Path, text: str = SWEEP) -> tuple[Summary, str]:
     """Run the sweep; its summary and what it printed."""
     said = io.StringIO()
-    command = (sys.executable, str(Path(__file__).parent / "surface_trial.py"), device_name("cpu"))
+    command = (sys.executable, str(Path(__file__).parents[1] / "surface_trial.py"), device_name("cpu"))
     options = RunOptions(results=folder, device="cpu", workers=1, trial_command=command)
     summary = run_sweep(parse_sweep(text, "s.yaml"), options, Console(file=said, width=200))
     return summary, said.getvalue()

@@ -17,7 +17,7 @@ from harness.store.processes import process_start
 from harness.sweep.model import Limits, Measure
 from harness.workloads.job import Job
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 COMMAND = (sys.executable, str(HERE / "fault_trial.py"))
 
 
