@@ -98,8 +98,8 @@ def test_samples_come_with_their_point(tmp_path: Path) -> None:
 
 
 RUNNER = """
-import json, sys; from pathlib import Path; sys.path.insert(0, sys.argv[2])
-from test_faults_isolation import run
+import json, sys; from pathlib import Path; sys.path[:0] = [sys.argv[2], sys.argv[2] + "/run"]
+from test_guard import run
 for outcome in run(Path(sys.argv[1]), json.loads(sys.argv[3])):
     print(f"{outcome.status}: {outcome.rows[-1]['detail']}")
 """

@@ -116,8 +116,8 @@ def test_sqlite_is_refused_and_the_journal_named(tmp_path: Path) -> None:
 
 
 WRITER = """
-import sys; sys.path.insert(0, sys.argv[2])
-from pathlib import Path; from test_study import POINTS, VALUES, open_study; from rows import rows_of
+import sys; sys.path[:0] = sys.argv[2:]
+from pathlib import Path; from test_study_journal import POINTS, VALUES, open_study; from rows import rows_of
 study, _, _ = open_study(Path(sys.argv[1]))
 for _ in range(10): study.complete(study.begin(POINTS[0]), POINTS[0], rows_of(POINTS[0], VALUES))
 """
@@ -126,7 +126,7 @@ for _ in range(10): study.complete(study.begin(POINTS[0]), POINTS[0], rows_of(PO
 def test_several_processes_share_one_journal(tmp_path: Path) -> None:
     """Three processes writing trials at once leave all 30, none broken."""
     study, _, _ = open_study(tmp_path)
-    command = [sys.executable, "-c", WRITER, str(tmp_path), str(Path(__file__).parents[1])]
+    command = [sys.executable, "-c", WRITER, str(tmp_path), *map(str, Path(__file__).parents[:2])]
     processes = [subprocess.Popen(command) for _ in range(3)]
     assert [process.wait() for process in processes] == [0, 0, 0]
     found = trials(tmp_path, study)
