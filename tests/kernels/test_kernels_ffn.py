@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from harness.measure import memory
 from moc import METHODS, FfnShape, Llama, LlamaConfig, MoCFFN, parse_selection
-from moc.layers.moc import TritonMoCFFN, moc_ffn, moc_fp8_ffn
+from moc.layers.moc import TritonMoCFFN
 from moc.ops.compact import n_words, unpack_bitmask
 from moc.ops.triton_ffn import CHUNK_BYTES, chunks_of, triton_moc_ffn
 from moc.reference import FfnGrads, moc_forward_backward, select_mask
@@ -127,11 +127,11 @@ def test_fp8_keeps_gate_and_up_to_three_bits(rule: str, device: str) -> None:
     assert_same(actual, expected, 2e-6)
 
 
-@pytest.mark.parametrize(("factory", "bytes_per_k"), [(moc_ffn, 4), (moc_fp8_ffn, 2)], ids=["moc", "moc_fp8"])
-def test_what_is_saved(factory: object, bytes_per_k: int, device: str) -> None:
+@pytest.mark.parametrize(("name", "bytes_per_k"), [("moc", 4), ("moc_fp8", 2)])
+def test_what_is_saved(name: str, bytes_per_k: int, device: str) -> None:
     """A token keeps x, K pairs, a bitmask, and with fp8 two scales for backward; no more."""
     shape, rule = FfnShape(32, 200), parse_selection("topk:0.2")
-    layer = factory(shape, rule).to(device, torch.bfloat16)  # type: ignore[operator]
+    layer = METHODS[name].make(shape, rule).to(device, torch.bfloat16)
     saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -143,7 +143,7 @@ def test_what_is_saved(factory: object, bytes_per_k: int, device: str) -> None:
         layer(x)
     for parameter in layer.parameters():
         saved.pop(parameter.untyped_storage().data_ptr(), None)
-    scales = 8 if factory is moc_fp8_ffn else 0
+    scales = 8 if name == "moc_fp8" else 0
     assert sum(saved.values()) == 7 * (2 * 32 + bytes_per_k * 40 + 4 * n_words(200) + scales)
 
 
@@ -351,9 +351,9 @@ def test_errors_name_what_is_wrong(device: str) -> None:
         triton_moc_ffn(x, w, w.T, w, parse_selection("topk:3"))
     with pytest.raises(ValueError, match="keep=False on inputs that require a gradient"):
         torch.ops.moc.triton_ffn_forward(x.requires_grad_(), w, w, w, "topk:3", False, False)
-    for factory in (moc_ffn, moc_fp8_ffn):
+    for name in ("moc", "moc_fp8", "moc_int8"):
         with pytest.raises(ValueError, match="needs a selection, such as topk"):
-            factory(FfnShape(8, 20), None)
+            METHODS[name].make(FfnShape(8, 20), None)
 
 
 def test_matrix_products_are_counted(device: str) -> None:
