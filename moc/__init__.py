@@ -1,5 +1,5 @@
-"""Mixture-of-Channels and dense SwiGLU feed-forward networks, a LLaMA decoder that uses them, and the registry
-of methods that compares them. Does not depend on `harness`, which measures them.
+"""Mixture-of-Channels and dense SwiGLU feed-forward networks, a LLaMA decoder that uses them, and the
+registry of methods that compares them. Does not depend on `harness`, which measures them.
 
 A public name is imported from its module when it is first used (PEP 562), so that `moc.config` and
 `moc.selection` can be imported without loading PyTorch.

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from triton import next_power_of_2
 
+from moc.dtypes import DECODE_DTYPES, torch_dtypes
 from moc.kernels.decode import (
     ALL,
     decode_channels_kernel,
@@ -33,7 +34,7 @@ from moc.kernels.selection import RULES, first_key
 from moc.selection import Selection
 
 MAX_TOKENS = 16
-DTYPES = (torch.bfloat16, torch.float16)
+_DTYPES = torch_dtypes(DECODE_DTYPES)
 
 
 @dataclass(frozen=True)
@@ -315,8 +316,8 @@ def _check_tensors(x: Tensor, rows: Rows) -> None:
     """Raise ValueError unless the kernels can take them."""
     if x.device.type != "cuda" and not INTERPRETED:
         raise ValueError(f"x is on {x.device}; the kernels run on cuda here")
-    if x.dtype not in DTYPES:
-        raise ValueError(f"x has dtype {x.dtype}; the decoding kernels take {', '.join(map(str, DTYPES))}")
+    if x.dtype not in _DTYPES:
+        raise ValueError(f"x has dtype {x.dtype}; the decoding kernels take {', '.join(map(str, _DTYPES))}")
     if not 1 <= x.shape[0] <= MAX_TOKENS:
         raise ValueError(f"{x.shape[0]} tokens; the decoding kernels take 1 to {MAX_TOKENS}")
     wanted = x.dtype if rows.scales is None else torch.int8

@@ -27,6 +27,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from moc.config import MAX_D_FFN
+from moc.dtypes import KERNEL_DTYPES, torch_dtypes
 from moc.kernels.banks import BISECT, CHUNK, bits_in_banks, bits_of_chunk, way
 from moc.kernels.primitives import (
     INTERPRETED,
@@ -46,8 +48,7 @@ from moc.kernels.selection import NM, RULES, THRESHOLD, TOPK_ABS, first_key, row
 from moc.kernels.sparse24 import TILE_COLUMNS, two_of_four
 from moc.selection import Selection
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-MAX_D_FFN = 65534  # two counts share a 32-bit word
+_DTYPES = torch_dtypes(KERNEL_DTYPES)
 # Arguments whose values the kernels are not compiled for.
 _SELECT_VALUES = ["g_stride", "u_stride", "z_stride", "K", "first", "quantile"]
 _EXPAND_VALUES = ["dz_stride", "dg_stride", "du_stride", "z_stride", "K"]
@@ -498,9 +499,9 @@ def _check(**rows: Tensor) -> None:
     for name, tensor in rows.items():
         if tensor.dim() != 2 or tensor.shape[0] != first.shape[0]:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected [{first.shape[0]}, channels]")
-        if tensor.dtype not in DTYPES or tensor.dtype != first.dtype:
+        if tensor.dtype not in _DTYPES or tensor.dtype != first.dtype:
             raise ValueError(
-                f"{name} has dtype {tensor.dtype}; supported: {', '.join(map(str, DTYPES))}, alike"
+                f"{name} has dtype {tensor.dtype}; supported: {', '.join(map(str, _DTYPES))}, alike"
             )
         if tensor.shape[1] > 1 and tensor.stride(1) != 1:
             raise ValueError(

@@ -16,7 +16,7 @@ from moc.config import FfnShape
 from moc.layers.base import FfnWeights
 from moc.ops.decode import int8_decode
 from moc.reference import FfnGrads, dense_forward_backward, moc_forward_backward
-from moc.selection import Selection
+from moc.selection import Selection, required
 
 INT8_DECODE_TOKENS = 16  # the most that the decoding kernels take
 _LARGEST = 127.0  # of the int8 numbers used: symmetric, so -128 is not
@@ -51,10 +51,8 @@ def moc_int8_reference(
     x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, dy: Tensor, selection: Selection | None
 ) -> FfnGrads:
     """The truth of `moc_int8`: `moc.reference.moc_forward_backward` of the quantised weights."""
-    if selection is None:
-        raise ValueError("this method needs a selection, such as topk:0.1875")
     w_gate, w_up, w_down = (dequantize_rows(*quantize_rows(w)) for w in (w_gate, w_up, w_down))
-    return moc_forward_backward(x, w_gate, w_up, w_down, dy, selection)
+    return moc_forward_backward(x, w_gate, w_up, w_down, dy, required(selection))
 
 
 class Int8FFN(FfnWeights):
@@ -112,10 +110,3 @@ class Int8FFN(FfnWeights):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, selection={self.selection}"
-
-
-def moc_int8_ffn(shape: FfnShape, selection: Selection | None) -> Int8FFN:
-    """Factory of the method `moc_int8`. Raises ValueError without a selection."""
-    if selection is None:
-        raise ValueError("this method needs a selection, such as topk:0.1875")
-    return Int8FFN(shape, selection)

@@ -13,11 +13,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from moc.config import MAX_D_FFN
+from moc.dtypes import DECODE_DTYPES, torch_dtypes
 from moc.ops.inputs import autocast_cast, check_ffn_inputs, compute_dtype
 from moc.selection import Selection, parse_selection
 
-DECODE_DTYPES = (torch.bfloat16, torch.float16)
-MAX_D_FFN = 65534  # two counts share a 32-bit word
+_DTYPES = torch_dtypes(DECODE_DTYPES)
 
 
 def decode_path(selection: Selection, d_ffn: int, tokens: int, dtype: torch.dtype) -> Literal["rows", "gemm"]:
@@ -27,7 +28,7 @@ def decode_path(selection: Selection, d_ffn: int, tokens: int, dtype: torch.dtyp
     rows, and the select pass.
     """
     few = 1 <= tokens <= most_tokens(selection, d_ffn)
-    return "rows" if few and dtype in DECODE_DTYPES and d_ffn <= MAX_D_FFN else "gemm"
+    return "rows" if few and dtype in _DTYPES and d_ffn <= MAX_D_FFN else "gemm"
 
 
 def most_tokens(selection: Selection, d_ffn: int) -> int:

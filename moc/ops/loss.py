@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moc.dtypes import KERNEL_DTYPES, torch_dtypes
 from moc.ops.inputs import autocast_cast
 
+_KERNEL_DTYPES = torch_dtypes(KERNEL_DTYPES)
 CHUNK_TOKENS = 2048  # at a vocabulary of 32000: 262 MB of float32 logits
-_TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 IGNORE_INDEX = -100  # targets that count neither in the mean nor in the gradient, as in F.cross_entropy
 
 
@@ -74,7 +75,7 @@ def _nats_of_chunk(hidden: Tensor, weight: Tensor, targets: Tensor, gradient: bo
     the caller's to leave out. Without `gradient` the second tensor is of no use.
     """
     logits = hidden @ weight.T
-    if logits.is_cuda and logits.dtype in _TRITON_DTYPES:
+    if logits.is_cuda and logits.dtype in _KERNEL_DTYPES:
         # imported here because Triton is there on Linux only, and nothing else in this module needs it
         from moc.kernels.cross_entropy import cross_entropy_in_place
 

@@ -22,7 +22,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
         _ = moc.no_such_name
 
 
-@pytest.mark.parametrize("module", ["moc", "moc.config", "moc.selection"])
+@pytest.mark.parametrize("module", ["moc", "moc.config", "moc.dtypes", "moc.selection"])
 def test_import_without_torch(module: str) -> None:
     """The package, shapes and selection rules load neither PyTorch nor anything of the harness."""
     code = f"import sys, {module}; print({{'torch', 'harness'}} & set(sys.modules))"
