@@ -30,16 +30,14 @@ from torch import Tensor
 from moc.config import MAX_D_FFN
 from moc.dtypes import KERNEL_DTYPES, torch_dtypes
 from moc.kernels.banks import BISECT, CHUNK, bits_in_banks, bits_of_chunk, way
+from moc.kernels.pass_parts import bits_of_part, bits_set, clear_pairs, fp8_scale, places
 from moc.kernels.primitives import (
     INTERPRETED,
-    bits_before,
     jit,
     kept_bit,
-    largest,
     launching_on,
     load_pairs,
     popcount,
-    running_total,
     sigmoid,
     store_pairs,
     total,
@@ -138,8 +136,8 @@ def select_fwd_kernel(
     if RULE != THRESHOLD:
         tl.store(overflow_ptr, tl.full((), 0, tl.int64), (row == 0) & (tl.program_id(1) == 0))
     if FP8:
-        g_scale = _fp8_scale(g_ptr, F, PIECE)
-        u_scale = _fp8_scale(u_ptr, F, PIECE)
+        g_scale = fp8_scale(g_ptr, F, PIECE)
+        u_scale = fp8_scale(u_ptr, F, PIECE)
         tl.store(scales_ptr + row * 2, g_scale)
         tl.store(scales_ptr + row * 2 + 1, u_scale)
     if KEEP:
@@ -170,58 +168,32 @@ def select_fwd_kernel(
             if RULE == TOPK_ABS:
                 b_score = tl.where(b_inside, b_score, float("-inf"))
             if PART:
-                b_equal = (b_score == score) & b_inside
-                b_words = total(tl.where(b_equal, (1 << b_bit)[None, :], 0), 1)
-                b_count = popcount(b_words, ASM)
-                b_before = (running_total(b_count, 0) - b_count)[:, None]
-                b_equal &= b_before + bits_before(b_words[:, None], b_bit[None, :], ASM) < last
-                b_kept = tl.where((b_score > score) | b_equal, (1 << b_bit)[None, :], 0)
+                b_bits, n_equal = bits_of_part(b_score, score, b_inside, last, ASM)
                 if PART > ROWS * 32:
-                    last -= total(b_count, 0)
+                    last -= n_equal
             else:
                 b_kept = kept_bit(b_score, score, b_at, last - start, (1 << b_bit)[None, :], ASM)
-            b_bits = total(b_kept, 1)
+                b_bits = total(b_kept, 1)
         # [ROWS] words say it all; what follows tests their bits, so that no predicate lives long.
-        b_keep = ((b_bits[:, None] >> b_bit[None, :]) & 1) != 0
+        b_keep = bits_set(b_bits)
         b_gate = b_g.to(tl.float32)
         b_up = b_u.to(tl.float32)
         if KEEP:
-            b_count = popcount(b_bits, ASM)
-            b_before = n_kept + running_total(b_count, 0) - b_count
-            b_offset = bits_before(b_bits[:, None], b_bit[None, :], ASM)
             if FP8:
                 b_g = b_gate * (1.0 / g_scale)
                 b_u = b_up * (1.0 / u_scale)
-            store_pairs(pairs_ptr, b_before[:, None], b_offset, b_g, b_u, b_keep, ASM)
+            b_before, b_offset = places(b_bits, n_kept, ASM)
+            store_pairs(pairs_ptr, b_before, b_offset, b_g, b_u, b_keep, ASM)
             tl.store(bitmask_ptr + start // 32 + b_word, b_bits, mask=b_word < WORDS - start // 32)
-            n_kept += total(b_count, 0)
+            n_kept += total(popcount(b_bits, ASM), 0)
         b_z = b_gate * sigmoid(b_gate, ASM) * tl.where(b_keep, b_up, 0.0)
         if SPARSE:
             b_half = two_of_four(b_z.to(DTYPE), b_bits, ROWS)
             tl.store(z_ptr + start // 2 + b_half_at, b_half, mask=b_half_at < (F - start) // 2)
         else:
             tl.store(z_ptr + start + b_at, b_z.to(DTYPE), mask=b_inside)
-
     if KEEP and RULE == THRESHOLD:
-        for place in range(n_kept, K, 32):
-            b_place = place + b_bit
-            b_zero = tl.full((32,), 0.0, tl.float32).to(pairs_ptr.dtype.element_ty)
-            tl.store(pairs_ptr + 2 * b_place, b_zero, mask=b_place < K)
-            tl.store(pairs_ptr + 2 * b_place + 1, b_zero, mask=b_place < K)
-
-
-@jit
-def _fp8_scale(row_ptr, F: tl.constexpr, PIECE: tl.constexpr):
-    """What to divide a row by so that its largest magnitude is that of float8_e4m3fn, 448."""
-    # Of the whole row, not of the kept channels, which are not known yet: a float's relative precision does
-    # not depend on its scale, and the range of float8_e4m3fn leaves room for 15 octaves.
-    b_index = tl.arange(0, PIECE)
-    b_largest = tl.full((PIECE,), 0.0, tl.float32)
-    for start in range(0, F, PIECE):
-        b_x = tl.load(row_ptr + start + b_index, mask=start + b_index < F, other=0.0)
-        b_largest = tl.maximum(b_largest, tl.abs(b_x.to(tl.float32)))
-    top = largest(b_largest, 0)
-    return tl.where(top > 0, top * (1 / 448.0), 1.0)
+        clear_pairs(pairs_ptr, n_kept, K)
 
 
 @jit(do_not_specialize=_EXPAND_VALUES)
@@ -271,12 +243,10 @@ def expand_bwd_kernel(
     for start in range(0, PADDED, ROWS * 32):
         b_bits = tl.load(bitmask_ptr + start // 32 + b_word, mask=b_word < WORDS - start // 32, other=0)
         b_dz = tl.load(dz_ptr + start + b_at, mask=b_at < F - start, other=0.0).to(tl.float32)
-        b_count = popcount(b_bits, ASM)
-        b_before = n_kept + running_total(b_count, 0) - b_count
-        b_offset = bits_before(b_bits[:, None], b_bit[None, :], ASM)
-        b_keep = ((b_bits[:, None] >> b_bit[None, :]) & 1) != 0
-        b_g, b_u = load_pairs(pairs_ptr, b_before[:, None], b_offset, b_keep, ASM)
-        n_kept += total(b_count, 0)
+        b_before, b_offset = places(b_bits, n_kept, ASM)
+        b_keep = bits_set(b_bits)
+        b_g, b_u = load_pairs(pairs_ptr, b_before, b_offset, b_keep, ASM)
+        n_kept += total(popcount(b_bits, ASM), 0)
         b_gate = b_g.to(tl.float32)
         b_up = b_u.to(tl.float32)
         if FP8:
