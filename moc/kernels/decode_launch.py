@@ -29,7 +29,7 @@ from moc.kernels.decode import (
     decode_down_kernel,
     decode_gate_kernel,
 )
-from moc.kernels.primitives import INTERPRETED, launching_on
+from moc.kernels.primitives import INTERPRETED, capability_of, check_device, launching_on
 from moc.kernels.selection import RULES, first_key
 from moc.selection import Selection
 
@@ -169,7 +169,7 @@ def decode_pass(
         if torch.are_deterministic_algorithms_enabled() and not tiling.deterministic:
             tiling = replace(tiling, down=DownTile(64, 256, 16))
     _check_tiling(selection, tokens, tiling)
-    hopper = INTERPRETED or torch.cuda.get_device_capability(x.device) >= (9, 0)
+    hopper = capability_of(x.device) >= (9, 0)
     if not hopper:
         tiling = replace(tiling, ahead=False, pdl=False)
     gate, down = tiling.gate, tiling.down
@@ -314,8 +314,7 @@ def _bank_width(selection: Selection) -> int:
 
 def _check_tensors(x: Tensor, rows: Rows) -> None:
     """Raise ValueError unless the kernels can take them."""
-    if x.device.type != "cuda" and not INTERPRETED:
-        raise ValueError(f"x is on {x.device}; the kernels run on cuda here")
+    check_device("x", x)
     if x.dtype not in _DTYPES:
         raise ValueError(f"x has dtype {x.dtype}; the decoding kernels take {', '.join(map(str, _DTYPES))}")
     if not 1 <= x.shape[0] <= MAX_TOKENS:

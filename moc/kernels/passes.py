@@ -33,6 +33,8 @@ from moc.kernels.banks import BISECT, CHUNK, bits_in_banks, bits_of_chunk, way
 from moc.kernels.pass_parts import bits_of_part, bits_set, clear_pairs, fp8_scale, places
 from moc.kernels.primitives import (
     INTERPRETED,
+    capability_of,
+    check_device,
     jit,
     kept_bit,
     launching_on,
@@ -299,7 +301,7 @@ def select_pass(
         return
     vector = _vector(g, u, z)
     size = g.element_size()
-    packed = size == 2 and vector >= 2 and (INTERPRETED or _compares_pairs(g.device))
+    packed = size == 2 and vector >= 2 and capability_of(g.device) >= (9, 0)  # which can compare pairs
     tiling = tiling or select_tiling(d_ffn, selection, packed, few=kept is None and n_tokens <= FEW_TOKENS)
     fp8 = kept is not None and kept.scales is not None
     if fp8:
@@ -460,10 +462,6 @@ def _vector(*rows: Tensor) -> int:
     return math.gcd(8, max(1, alignment // rows[0].element_size()))
 
 
-def _compares_pairs(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (9, 0)
-
-
 def _check(**rows: Tensor) -> None:
     first = next(iter(rows.values()))
     for name, tensor in rows.items():
@@ -479,8 +477,7 @@ def _check(**rows: Tensor) -> None:
             )
         if tensor.shape[1] > MAX_D_FFN:
             raise ValueError(f"{name} has {tensor.shape[1]} channels; at most {MAX_D_FFN} are supported")
-        if tensor.device.type != "cuda" and not INTERPRETED:
-            raise ValueError(f"{name} is on {tensor.device}; the kernels run on cuda here")
+        check_device(name, tensor)
 
 
 def _check_sparse(values: Tensor, width: int) -> None:
@@ -498,5 +495,5 @@ def _check_sparse(values: Tensor, width: int) -> None:
 
 
 def _check_fp8(device: torch.device) -> None:
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+    if capability_of(device) < (8, 9):
         raise ValueError("fp8 needs a GPU of compute capability 8.9 or higher")
