@@ -198,26 +198,26 @@ _NOT_COMPILED = "its layers are not compiled, so its whole model would run eager
 
 def _dense(name: str, layer: Callable[[FfnShape], nn.Module], **fields: Any) -> Method:
     """A method without selection: exact dense SwiGLU and compiled, unless `fields` say otherwise."""
-    defaults = {"is_dense": True, "compile": True, "reference": _dense_reference}
+    defaults: dict[str, Any] = {"is_dense": True, "compile": True, "reference": _dense_reference}
     return Method(name, lambda shape, _: layer(shape), takes_selection=False, **(defaults | fields))
 
 
 def _moc(name: str, layer: Callable[[FfnShape, Selection], nn.Module], **fields: Any) -> Method:
     """A method with a selection: Mixture-of-Channels and compiled, unless `fields` say otherwise."""
-    defaults = {"is_dense": False, "compile": True, "reference": _moc_reference}
+    defaults: dict[str, Any] = {"is_dense": False, "compile": True, "reference": _moc_reference}
     return Method(
         name, lambda shape, rule: layer(shape, required(rule)), takes_selection=True, **(defaults | fields)
     )
 
 
 _CUDA = frozenset({"cuda"})
-_ON_TRITON = {
+_ON_TRITON: dict[str, Any] = {
     "dtypes": frozenset(KERNEL_DTYPES),
     "device_types": _CUDA,
     "scratch_bytes": backward_scratch_bytes,
     "keeps_casts": False,
 }
-_INT8 = {
+_INT8: dict[str, Any] = {
     "is_dense": False,  # its weights are rounded, so it is no exact dense baseline
     "compile": False,  # a compiled layer would not see that its int8 weights are out of date
     "dtypes": frozenset(DECODE_DTYPES),

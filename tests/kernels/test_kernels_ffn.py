@@ -13,7 +13,7 @@ from harness.measure import memory
 from moc import METHODS, FfnShape, Llama, LlamaConfig, MoCFFN, parse_selection
 from moc.layers.moc import TritonMoCFFN
 from moc.ops.compact import n_words, unpack_bitmask
-from moc.ops.triton_ffn import CHUNK_BYTES, chunks_of, triton_moc_ffn
+from moc.ops.triton_ffn import Chunking, Layout, triton_moc_ffn
 from moc.reference import FfnGrads, moc_forward_backward, select_mask
 
 RULES = ["topk:0.1875", "topk_abs:0.25", "nm:2:8", "nm:12:64", "threshold:0.1:0.25"]
@@ -63,10 +63,9 @@ def test_several_chunks_give_what_one_gives(device: str, monkeypatch: pytest.Mon
     layer = make(8, 75, "topk:0.2", torch.float32, device)
     x, dy = tokens(11, 8, torch.float32, device)
     whole = run(layer, x, dy)
-    monkeypatch.setattr("moc.ops.triton_ffn.CHUNK_MULTIPLE", 1)
-    monkeypatch.setattr("moc.ops.triton_ffn.LONG_BATCH", 10)
-    monkeypatch.setattr("moc.ops.triton_ffn.CHUNK_BYTES", 4 * 128 * 4)
-    assert len(chunks_of(11, 128 * 4)) == 3
+    small = Chunking(chunk_bytes=4 * 128 * 4, long_batch=10, multiple=1)
+    assert len(small.chunks(11, 128 * 4)) == 3
+    monkeypatch.setattr("moc.ops.triton_ffn.LAYOUT", Layout(small))
     assert_same(run(layer, x, dy), whole, 1e-6)
 
 
@@ -75,12 +74,12 @@ def test_several_chunks_give_what_one_gives(device: str, monkeypatch: pytest.Mon
 )
 def test_chunks_of_a_batch(n_tokens: int, count: int) -> None:
     """A long batch has two to eight chunks, a short one is one; they follow each other, in whole tiles."""
-    chunks = chunks_of(n_tokens, token_bytes=11008)
+    chunks = Chunking().chunks(n_tokens, token_bytes=11008)
     assert len(chunks) == count
     assert [token for chunk in chunks for token in range(n_tokens)[chunk]] == list(range(n_tokens))
     assert all((chunk.stop - chunk.start) % 128 == 0 for chunk in chunks[:-1])
     if count < 8:
-        assert all((chunk.stop - chunk.start) * 11008 < 1.1 * CHUNK_BYTES for chunk in chunks)
+        assert all((chunk.stop - chunk.start) * 11008 < 1.1 * Chunking().chunk_bytes for chunk in chunks)
 
 
 def test_weights_lie_side_by_side(device: str) -> None:
