@@ -1,7 +1,7 @@
 """Decoding kernels: a Mixture-of-Channels (or dense int8) FFN for 1 to 16 tokens.
 
-At these sizes the weights are the traffic, each row of which is one channel, read as a whole or not at all:
-w_gate, and of w_up and w_down the rows that some token keeps. Bytes at 16 bits for one token:
+At these sizes nearly all traffic is weights. A row of a weight is one channel, which is read whole or not at
+all: all rows of w_gate, and those rows of w_up and w_down that some token keeps. Bytes at 16 bits, one token:
 2 d (d_ffn + 2 K), 30.9 MB at d 2048, d_ffn 5504, K 1032 where dense moves 67.6 MB; at 8 bits half of that.
 
 gate      gates [T, d_ffn], rounded to the dtype of x.
@@ -14,9 +14,9 @@ down      y = z w_down, over the rows with a z. A column block is split over pro
 
 clear     zeros for the sums of `channels`, where no other kernel comes before it.
 
-`decode_launch.py` says which of them make up a layer. The first of a layer is launched as usual, when all
-before it is done; with PDL the others are launched while the one before still runs, and wait where they need
-what it writes.
+`decode_launch.py` says which of them compute a layer. The first kernel of a layer starts when all work before
+it is done. With PDL (programmatic dependent launch) each later kernel starts while the one before it still
+runs, and waits at the point where it needs its results.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-redef"

@@ -1,6 +1,6 @@
-"""What the decoding kernels are built from: device functions over rows of the weights.
+"""Device functions of the decoding kernels, over rows of the weights.
 
-TOKENS is 1, and products are taken lane by lane in float32, or 16, and they go through the tensor cores.
+If TOKENS is 1, products are summed lane by lane in float32; if it is 16, they run on the tensor cores.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-redef"

@@ -6,13 +6,13 @@ select (forward)   reads g and u; writes z = mask * silu(g) * u, and what backwa
 expand (backward)  reads dz = dy @ w_down.T, the pairs and the bitmask; writes dg and du, zero off the mask,
                    and z. Per row 8 d_ffn + 4 K + d_ffn / 8 bytes: 48.8 KB.
 
-Where a product takes its left matrix as 2:4 sparse (`sparse24.py`), select writes the values of z in that
-form instead, d_ffn bytes less, and expand those of [dg du] beside the dense ones, which the weight gradients
-need: 2 d_ffn bytes more.
+If a product uses a 2:4 sparse left matrix (`sparse24.py`), select writes the values of z in that form instead
+(d_ffn bytes less), and expand writes those of [dg du] in addition to the dense ones, which the weight
+gradients need (2 d_ffn bytes more).
 
-One program takes one row, in tiles of ROWS x 32 channels: a tile's row is one word of the bitmask, and the
-place of a kept channel among the row's pairs is a running count of bits. Mostly one warp is a program, so
-that reductions stay inside it; many rows per multiprocessor hide the latencies.
+A program handles one token's row, in tiles of ROWS x 32 channels: a row of a tile is one word of the bitmask,
+and the position of a kept channel among the pairs is a running count of bits. In most cases a program is one
+warp, so that reductions stay inside it; many programs per multiprocessor hide the latencies.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-redef"
@@ -44,7 +44,7 @@ from moc.kernels.primitives import (
     store_pairs,
     total,
 )
-from moc.kernels.selection import NM, RULES, THRESHOLD, TOPK_ABS, first_key, row_threshold, score_of
+from moc.kernels.selection import NM, RULE_NUMBERS, THRESHOLD, TOPK_ABS, first_key, row_threshold, score_of
 from moc.kernels.sparse24 import TILE_COLUMNS, two_of_four
 from moc.selection import Selection
 
@@ -394,7 +394,7 @@ def select_constants(
     return {
         "F": d_ffn,
         "PART": tiling.part,
-        "RULE": RULES[selection.rule],
+        "RULE": RULE_NUMBERS[selection.rule],
         "N": n or 0,
         "M": m or 0,
         "WAY": way(n, m, itemsize, packed) if n and m else 0,
@@ -427,8 +427,8 @@ def expand_constants(
 def select_tiling(d_ffn: int, selection: Selection, packed: bool, few: bool = False) -> Tiling:
     """The tiling of the select pass; `packed`: gates are of 16 bits and can be compared in pairs.
 
-    `few`: for so few tokens that one program a token would leave the GPU idle, with nothing kept. Measured by
-    tune.py and tune_decode.py on an H100 (docs/measured.md, 2026-11-26).
+    `few`: for so few tokens, with nothing kept, that one program per token would leave most of the GPU idle.
+    Measured by harness/tuning on an H100 (docs/measured.md, 2026-11-26).
     """
     if few:
         return _tiling_of_few(d_ffn, selection, packed)

@@ -41,9 +41,9 @@ def side_by_side(*matrices: Tensor) -> Tensor | None:
 
 
 def place_side_by_side(*parameters: Tensor) -> Tensor:
-    """Let parameters [rows, d] follow each other in memory, copied only if they do not; all of them as one.
+    """Place parameters [rows, d] side by side in memory, with a copy only if they do not lie so yet.
 
-    They stay parameters of their own, views of what is returned, [count * rows, d] without gradient.
+    Returns all of them as one [count * rows, d] without gradient, of which the parameters are views.
     """
     joined = side_by_side(*(parameter.detach() for parameter in parameters))
     if joined is None:

@@ -4,10 +4,10 @@
     backward   dz = dy w_down.T    expand pass: [dg du], z
                dx = [dg du] [w_gate; w_up]    dw_gate, dw_up = [dg du].T x    dw_down = z.T dy
 
-Both work through the tokens in chunks, at least two for a long batch, so that no buffer of full width d_ffn
-is as long as it: [g u] in forward, with z in the place of u, and [dg du] and z in backward, with z in the
-place of dz. Shorter chunks, which would leave [g u] in the L2 cache for the pass, cost the GEMMs more than
-they save the passes (docs/measured.md, 2026-11-26).
+Both process the tokens in chunks, at least two for a long batch, so that buffers of full width d_ffn hold one
+chunk, not the batch: [g u] in forward, with z in the place of u, and [dg du] and z in backward, with z in the
+place of dz. Shorter chunks, which would leave [g u] in the L2 cache for the pass, cost the GEMMs more time
+than they save the passes (docs/measured.md, 2026-11-26).
 
 If a rule keeps at most two of any four neighbouring channels (`nm:2:8`), z and [dg du] are 2:4 sparse: where
 that pays, y and dx are products on sparse tensor cores (`moc.ops.cusparselt`), 1.4 times as fast, of what the
@@ -17,14 +17,14 @@ sparse.
 Kept per token, x apart: K pairs (g, u) in the dtype of x and a bitmask of d_ffn / 8 bytes; with `fp8` K pairs
 in 2 bytes and two float32 scales.
 
-Weights of a wider dtype than x, as under autocast, are cast in forward and once more in backward: that moves
-18 d d_ffn bytes, and keeps none of the 6 d d_ffn per layer that casts would take until backward.
+Weights of a wider dtype than x, as under autocast, are cast in forward and again in backward. That moves
+18 d d_ffn bytes and saves the 6 d d_ffn bytes per layer that casts kept until backward would take.
 
-The weights are three tensors. If w_gate and w_up lie side by side in memory (`moc.layers.moc` arranges it)
-one GEMM takes both. Else forward takes two GEMMs, which moves no byte more, and backward joins them once per
-call (8 d d_ffn bytes at 16 bits). dw_gate and dw_up are views of one tensor. Weight gradients are summed over
-the chunks in their own dtype: at most seven roundings more than in one GEMM, in bf16 0.1 %
-each of what is summed so far, where a float32 sum would double the traffic.
+If w_gate and w_up lie side by side in memory (`moc.layers.moc` places them so) one GEMM uses both. Otherwise
+forward runs two GEMMs, which move the same bytes, and backward copies the two side by side once per call
+(8 d d_ffn bytes at 16 bits). dw_gate and dw_up are views of one tensor. Weight gradients are summed over the
+chunks in their own dtype: at most seven roundings more than in one GEMM, each 0.1 % of the sum so far in
+bf16; a float32 sum would double the traffic.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from moc.config import FfnShape
-from moc.ops.compact import n_words
+from moc.ops.compact import ALIGN, n_words
 from moc.ops.inputs import autocast_cast, check_ffn_inputs, side_by_side
 from moc.selection import Selection, parse_selection
 
@@ -48,7 +48,6 @@ if TYPE_CHECKING:
 
 # From here on 2:4 sparse products pay (docs/measured.md, 2026-11-26); shorter chunks were not measured.
 SPARSE_D_MODEL, SPARSE_TOKENS = 768, 4096
-_ALIGN = 64  # channels: rows start at multiples of 128 bytes, which cuBLAS's fast path and wide accesses want
 
 
 @dataclass(frozen=True)
@@ -106,8 +105,8 @@ def triton_moc_ffn(
 def backward_scratch_bytes(shape: FfnShape, selection: Selection | None, n_tokens: int, itemsize: int) -> int:
     """Bytes a backward pass allocates beside dx and one weight gradient.
 
-    They are [dg du] and z of one chunk, [dg du] once more where it is also sparse, the two other weight
-    gradients, and w_gate and w_up side by side for where they do not lie so.
+    They are [dg du] and z of one chunk, [dg du] again if it is also stored as 2:4 sparse, the two other
+    weight gradients, and a copy of w_gate and w_up side by side in case they do not lie so.
     """
     token_bytes = _padded(shape.d_ffn) * itemsize
     length = _longest(LAYOUT.chunking.chunks(n_tokens, token_bytes))
@@ -156,7 +155,7 @@ def _longest(chunks: list[slice]) -> int:
 
 
 def _padded(d_ffn: int) -> int:
-    return -(-d_ffn // _ALIGN) * _ALIGN
+    return -(-d_ffn // ALIGN) * ALIGN
 
 
 @torch.library.custom_op("moc::triton_ffn_forward", mutates_args=())
@@ -233,7 +232,7 @@ def _whole_tiles(w_gate: Tensor, w_up: Tensor) -> Tensor | None:
 
 
 def _joined(w_gate: Tensor, w_up: Tensor) -> Tensor:
-    """[w_gate; 0; w_up; 0], each padded to a multiple of _ALIGN rows."""
+    """[w_gate; 0; w_up; 0], each padded to a multiple of ALIGN rows."""
     joined = _whole_tiles(w_gate, w_up)
     if joined is None:
         d_ffn, d = w_gate.shape
