@@ -155,3 +155,10 @@ def test_the_flop_counter_sees_nine_matrix_products(name: str) -> None:
     with FlopCounterMode(display=False) as counter:
         ffn(x).sum().backward()
     assert counter.get_total_flops() == 9 * 2 * 10 * 16 * 64
+
+
+def test_a_method_whose_package_is_missing_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the optional extra, Liger is unsupported and names what is not installed."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    reason = get_method("dense_liger").unsupported_reason(SHAPE, None, "bf16", "cuda")
+    assert reason == "method dense_liger needs the package liger_kernel, which is not installed"
