@@ -128,20 +128,7 @@ def get_method(name: str) -> Method:
         )
     if not all(part.isidentifier() for part in (*module_name.split("."), attribute)):
         raise ValueError(f"method {name!r}: expected package.module:factory")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ValueError(f"method {name!r}: cannot import {module_name}: {error}") from error
-    factory = getattr(module, attribute, None)
-    if factory is None:
-        public = [
-            key
-            for key, value in vars(module).items()
-            if isinstance(value, Method) or (callable(value) and value.__module__ == module_name)
-        ]
-        raise ValueError(
-            f"method {name!r}: {module_name} has no {attribute!r}; {near_miss(attribute, public)}"
-        )
+    factory = _attribute(name, module_name, attribute)
     if isinstance(factory, Method):
         return factory
     if not callable(factory):
@@ -158,6 +145,25 @@ def get_method(name: str) -> Method:
         compile=getattr(factory, "compile", False) is True,  # a module class has a method of that name
         reference=_moc_reference if takes_selection else _dense_reference,
     )
+
+
+def _attribute(name: str, module_name: str, attribute: str) -> object:
+    """The attribute of a module that the method `name` names. Raises ValueError as `get_method`."""
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ValueError(f"method {name!r}: cannot import {module_name}: {error}") from error
+    found: object = getattr(module, attribute, None)
+    if found is None:
+        public = [
+            key
+            for key, value in vars(module).items()
+            if isinstance(value, Method) or (callable(value) and value.__module__ == module_name)
+        ]
+        raise ValueError(
+            f"method {name!r}: {module_name} has no {attribute!r}; {near_miss(attribute, public)}"
+        )
+    return found
 
 
 def _dense_reference(

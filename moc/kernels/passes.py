@@ -306,25 +306,16 @@ def select_pass(
     fp8 = kept is not None and kept.scales is not None
     if fp8:
         _check_fp8(g.device)
+    stored = (kept.pairs, kept.scales, kept.bitmask) if kept else (None, None, None)
+    first = 0 if selection.rule == "topk_abs" else first_key(selection.threshold, g.dtype)
+    quantile = NormalDist().inv_cdf(1 - (k - 0.5) / d_ffn)
     with launching_on(g):
         select_fwd_kernel[(n_tokens, -(-d_ffn // tiling.part) if tiling.part else 1)](
-            g,
-            u,
-            z,
-            kept.pairs if kept else None,
-            kept.scales if kept else None,
-            kept.bitmask if kept else None,
-            overflow,
-            g.stride(0),
-            u.stride(0),
-            z.stride(0),
-            k,
-            0 if selection.rule == "topk_abs" else first_key(selection.threshold, g.dtype),
-            NormalDist().inv_cdf(1 - (k - 0.5) / d_ffn),
+            g, u, z, *stored, overflow, g.stride(0), u.stride(0), z.stride(0), k, first, quantile,
             **select_constants(d_ffn, selection, size, packed, vector, kept is not None, fp8, tiling, sparse),
             ASM=not INTERPRETED,
             num_warps=tiling.num_warps,
-        )
+        )  # fmt: skip
 
 
 def expand_pass(
@@ -359,23 +350,12 @@ def expand_pass(
     tiling = tiling or EXPAND_TILING
     with launching_on(dz):
         expand_bwd_kernel[(n_tokens,)](
-            dz,
-            kept.pairs,
-            kept.scales,
-            kept.bitmask,
-            dg,
-            du,
-            z,
-            sparse,
-            dz.stride(0),
-            dg.stride(0),
-            du.stride(0),
-            z.stride(0),
-            kept.pairs.shape[1],
+            dz, kept.pairs, kept.scales, kept.bitmask, dg, du, z, sparse,
+            dz.stride(0), dg.stride(0), du.stride(0), z.stride(0), kept.pairs.shape[1],
             **expand_constants(d_ffn, width, _vector(dz, dg, du, z), fp8, tiling, sparse is not None),
             ASM=not INTERPRETED,
             num_warps=tiling.num_warps,
-        )
+        )  # fmt: skip
 
 
 def select_constants(
