@@ -16,7 +16,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from harness.spec import SpecError, Sweep, load_sweep
+from harness.errors import SpecError
+from harness.sweep.load import load_sweep
+from harness.sweep.model import Sweep
 
 app = typer.Typer(
     help="Benchmark and ablation harness: Mixture-of-Channels against dense SwiGLU.",
@@ -95,8 +97,9 @@ def run(
 ) -> None:
     """Measure what is missing, then write tables, plots and the report."""
     from harness.dashboard import hang_pictures
-    from harness.report import write_report
-    from harness.runner import RunOptions, run_sweep
+    from harness.report.build import write_report
+    from harness.run.options import RunOptions
+    from harness.run.runner import run_sweep
 
     console = Console()
     chosen = _device(device)
@@ -130,7 +133,8 @@ def worker(
     results: ResultsOption = RESULTS,
 ) -> None:
     """Help to measure a sweep until nothing of it is left; start any number, on any host, at any time."""
-    from harness.runner import RunOptions, run_worker
+    from harness.run.local import run_worker
+    from harness.run.options import RunOptions
 
     chosen = _device(device)
     _, model = _load(sweep, chosen, data)
@@ -147,7 +151,7 @@ def plan(
     results: ResultsOption = RESULTS,
 ) -> None:
     """Print what `run` would measure, how much memory and how long it takes; nothing runs."""
-    from harness.plan_view import Plan, print_plan
+    from harness.forecast.view import Plan, print_plan
 
     path, model = _load(sweep, _device(device), data)
     plan = Plan(model, results, _device(device), retry)
@@ -161,7 +165,8 @@ def status(
     sweep: SweepArgument = None, device: DeviceOption = Device.auto, results: ResultsOption = RESULTS
 ) -> None:
     """What is measured and what failed, by device, with the last lines that failed processes wrote."""
-    from harness.store import failure_log, read_rows, wide
+    from harness.store.files import failure_log
+    from harness.store.frames import read_rows, wide
 
     console = Console(markup=False)  # what rows say is text, not markup
     _, model = _load(sweep, _device(device), None)
@@ -194,10 +199,10 @@ def report(
 ) -> None:
     """Write tables, plots and report again from the rows; `sweep` is a sweep file or a results folder."""
     from harness.dashboard import hang_pictures
-    from harness.folders import refuse_links
-    from harness.report import write_report
-    from harness.store import export
-    from harness.study import JOURNAL_NAME
+    from harness.report.build import write_report
+    from harness.search.storage import JOURNAL_NAME
+    from harness.store.folders import refuse_links
+    from harness.store.frames import export
 
     console = Console(markup=False)
     folder = (
@@ -222,10 +227,51 @@ def crossover(
     folders: Annotated[list[Path], typer.Argument(help="Results folders; they are read together.")],
     plot: Annotated[Path | None, typer.Option("--plot", help="Also draw it, to this PNG file.")] = None,
 ) -> None:
-    """Say up to which batch each sparse method decodes faster than the fastest dense one."""
-    from harness.crossover_view import show
+    """Print up to which batch each sparse method decodes faster than the fastest dense one.
 
-    show(folders, Console(width=None if sys.stdout.isatty() else 180, markup=False), plot)
+    Folders are read together, so that the channels a batch needs, measured where a model was trained, stand
+    next to speeds measured elsewhere.
+    """
+    import pandas as pd
+
+    from harness.report.crossover import crossover_table, crossovers
+    from harness.report.plots.crossover import crossover_plot
+    from harness.report.points import point_table
+    from harness.store.frames import read_rows, read_samples
+
+    console = Console(width=None if sys.stdout.isatty() else 180, markup=False)
+    for folder in folders:
+        if not (folder / "rows.jsonl").exists() and not (folder / "rows.parquet").exists():
+            raise SpecError(
+                f"{folder}: has no rows; give a folder that `mocbench run` wrote, such as results/x"
+            )
+    rows = pd.concat([read_rows(folder) for folder in folders], ignore_index=True)
+    samples = pd.concat([read_samples(folder) for folder in folders], ignore_index=True)
+    found = crossovers(rows)
+    if found.empty:
+        raise SpecError(
+            f"{', '.join(map(str, folders))}: no sparse method was decoded at two batches or more beside a"
+            " dense one; sweeps/ffn_decode_h100.yaml and sweeps/generate_h100.yaml do that"
+        )
+    shown = crossover_table(found)
+    table = Table(*shown.columns)
+    for line in shown.itertuples(index=False):
+        table.add_row(*map(str, line))
+    console.print(table)
+    if plot is None:
+        return
+    devices = list(dict.fromkeys(found["device_name"]))
+    if len(devices) > 1:
+        raise SpecError(f"--plot: the rows are of {', '.join(devices)}; a plot shows one device")
+    own = rows[rows["workload"].isin(["ffn_decode", "generate"])]
+    dates = sorted({str(value)[:10] for value in own["started_at"].dropna()})
+    names = " ".join(folder.resolve().name for folder in folders)
+    caption = " · ".join(
+        [devices[0], " to ".join(dict.fromkeys((dates[0], dates[-1]))), f"crossover {names}"]
+    )
+    drawn = crossover_plot(rows, point_table(rows), samples, caption, plot)
+    if drawn is not None:
+        console.print(f"wrote {drawn.path}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -243,7 +289,7 @@ def dashboard(
 ) -> None:
     """Open the Optuna dashboard on the sweep's studies, with its plots beside them."""
     from harness.dashboard import serve
-    from harness.folders import results_folder
+    from harness.store.folders import results_folder
 
     _, model = _load(sweep, _device(device), None)
     serve(results_folder(results, model.name), model.name, storage, host, port, _say)
@@ -324,7 +370,7 @@ def history(
 @app.command()
 def trial(job: Annotated[Path, typer.Argument(help="A job file (results/SWEEP/jobs/*.json).")]) -> None:
     """Run one job by hand in this process."""
-    from harness.trial import main as trial_main
+    from harness.run.trial import main as trial_main
 
     raise typer.Exit(trial_main([str(job)]))
 
@@ -332,7 +378,7 @@ def trial(job: Annotated[Path, typer.Argument(help="A job file (results/SWEEP/jo
 @data_app.command("stats")
 def data_stats(source: str = "stdlib", vocab_size: Annotated[int, typer.Option(min=257)] = 2048) -> None:
     """Documents, bytes and tokens of a text source."""
-    from harness.data import stats
+    from harness.training.data import stats
 
     table = Table("what", "value", title=source)
     for name, value in stats(source, vocab_size).items():
@@ -343,7 +389,7 @@ def data_stats(source: str = "stdlib", vocab_size: Annotated[int, typer.Option(m
 @data_app.command("prepare")
 def data_prepare(source: str = "stdlib", vocab_size: Annotated[int, typer.Option(min=257)] = 2048) -> None:
     """Train the tokenizer and tokenise a text source into the cache."""
-    from harness.data import prepare
+    from harness.training.data import prepare
 
     dataset = prepare(source, vocab_size)
     Console().print(f"data_id {dataset.data_id}: {len(dataset.train):,} training tokens", highlight=False)
@@ -371,14 +417,14 @@ def _load(sweep: Path | None, device: str, data: str | None) -> tuple[Path, Swee
 
 def _command(path: Path, data: str | None) -> str:
     """The command as others would type it: no path of this machine."""
-    from harness.plan import describe_source
+    from harness.run.text import describe_source
 
     shown = path if not path.is_absolute() else Path(path.name)
     return f"make sweep SWEEP={shown}" + (f" DATA={shlex.quote(describe_source(data))}" if data else "")
 
 
 def _print_findings(console: Console, folder: Path) -> None:
-    from harness.report import conclusions
+    from harness.report.build import conclusions
 
     for sentence in conclusions(folder):
         console.print(sentence, highlight=False)

@@ -23,11 +23,12 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 import pandas as pd
 from optuna_dashboard import wsgi
 
-from harness.folders import refuse_links
-from harness.plot_trial import draw_trial
-from harness.spec import SpecError
-from harness.store import read_rows, read_samples
-from harness.study import JOURNAL_NAME, Gallery, open_storage
+from harness.errors import SpecError
+from harness.report.plots.curves import draw_trial
+from harness.search.artifacts import Gallery
+from harness.search.storage import JOURNAL_NAME, open_storage
+from harness.store.folders import refuse_links
+from harness.store.frames import read_rows, read_samples
 
 ARTIFACTS = "artifacts"
 CURVES = "loss_curves.png"

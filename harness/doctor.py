@@ -15,7 +15,7 @@ from harness.measure.environment import environment_record
 from harness.measure.roofline import ensure_ceilings
 from harness.measure.selftest import SelfTestRow, dense_training_step, run_self_test
 from harness.measure.timing import TimingSettings
-from harness.workloads.ffn_decode import ProfilerCheck, check_against_profiler
+from harness.workloads.profiler_check import ProfilerCheck, check_against_profiler
 from moc.config import get_preset
 
 # What the self-test repeats: one dense FFN training step, in the dtype people train in on that device.

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from harness.measure.clocks import open_nvml
-from harness.rows import CPU_PREFIX
 
+CPU_PREFIX = "CPU: "  # of a device_name that is no GPU's
 _ROOT = Path(__file__).resolve().parents[2]
 
 

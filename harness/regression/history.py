@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 from matplotlib.lines import Line2D
 
+from harness.errors import SpecError
 from harness.measure.stats import median
-from harness.plot_style import Board
 from harness.regression.compare.stored import RECORD
 from harness.regression.compare.verdict import RULES
-from harness.spec import SpecError
+from harness.report.plots.style import Board
 
 MIN_LEVEL = 2  # runs
 # What a run's median scatters by at least, as a share; a series that happens to be smoother proves nothing.

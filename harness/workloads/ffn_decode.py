@@ -12,26 +12,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from harness.job import Job, MeasureSettings, Reporter
 from harness.measure import gate, memory, roofline, stats
-from harness.measure.clocks import ClockReader
-from harness.measure.ffn import DTYPES, FfnTensors, ffn_weights, natural_tensors
+from harness.measure.ffn import FfnTensors, ffn_weights, natural_tensors
 from harness.measure.launch import Contender, first_call_seconds, load_libraries, rotated_copies
 from harness.measure.timing import (
     PairedTimes,
-    TimingSettings,
-    open_sampler,
-    run_rounds,
     time_paired,
 )
-from harness.points import Point
-from harness.workloads.ffn_group import (
+from harness.sweep.model import Measure
+from harness.sweep.point import Point
+from harness.workloads.group import (
     Entry,
     Group,
     compiled,
@@ -46,8 +40,8 @@ from harness.workloads.ffn_group import (
     timing_settings,
     with_weights,
 )
+from harness.workloads.job import Job, Reporter
 from moc.config import FfnShape
-from moc.methods import get_method
 from moc.reference import select_mask
 
 _GATE_DRAWS = 8  # a gate on one token sees little
@@ -61,7 +55,7 @@ class _Bench:
     """What all methods of the group are measured with."""
 
     group: Group
-    settings: MeasureSettings
+    settings: Measure
     report: Reporter
     copies: list[FfnTensors]  # x of the first is the input of all
     ceilings: roofline.Ceilings
@@ -250,61 +244,3 @@ def _channels_read(bench: _Bench, candidate: _Candidate) -> int:
                 return d_ffn
             counts.append(int(select_mask(gates, selection).any(dim=0).sum()))
     return round(sum(counts) / len(counts))
-
-
-@dataclass(frozen=True)
-class ProfilerCheck:
-    """Two ways to say how long one decoding step of dense takes, in microseconds per copy of the weights."""
-
-    graph_us: float  # as `ffn_decode` reports it: events around a replay
-    span_us: float  # by the profiler, from the start of the first kernel to the end of the last
-    busy_us: float  # sum of the kernels' own times in the profiler: no gap between them is in it
-    kernels: float  # how many of them
-
-    @property
-    def difference(self) -> float:
-        """Graph over the profiler's span, minus one."""
-        return self.graph_us / self.span_us - 1.0
-
-
-def check_against_profiler(
-    shape: FfnShape, batch: int, dtype_name: str, device: torch.device
-) -> ProfilerCheck:
-    """Time eager dense by CUDA graph and by the profiler, on the same replays of the same graph.
-
-    Raises ValueError without CUDA.
-    """
-    if device.type != "cuda":
-        raise ValueError(f"the profiler check needs a CUDA device, not {device.type}")
-    dtype = DTYPES[dtype_name]
-    load_libraries(device, dtype)
-    all_read = float(shape.n_params() * dtype.itemsize)
-    copies = _weight_copies(all_read, shape, batch, dtype, device, seed=0)
-    dense = get_method("dense").make(shape, None).to(device, dtype)
-    layers = [with_weights(dense, tensors) for tensors in copies]
-    contender = Contender("dense", _decode_call(layers, copies[0].x), calls=len(layers))
-    sampler, notes = open_sampler([contender], device, "graph_rotated")
-    if notes:
-        raise RuntimeError(notes[0])
-    read = ClockReader(device).read
-    times = run_rounds(["dense"], [], sampler.sample, TimingSettings(), mode=sampler.mode, read=read)
-
-    activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
-        for _ in range(20):
-            sampler.sample("dense")
-    kernels = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    replays: list[list[Any]] = []
-    for event in sorted(kernels, key=lambda event: event.time_range.start):
-        if "spin" in event.name:  # one before every replay
-            replays.append([])
-        elif replays:
-            replays[-1].append(event.time_range)
-    spans = [max(time.end for time in replay) - replay[0].start for replay in replays]
-    busy = [sum(time.elapsed_us() for time in replay) for replay in replays]
-    return ProfilerCheck(
-        graph_us=1e3 * stats.median(times.samples["dense"]),
-        span_us=float(np.median(spans)) / len(layers),
-        busy_us=float(np.median(busy)) / len(layers),
-        kernels=float(np.median([len(replay) for replay in replays])) / len(layers),
-    )

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from harness.job import Job, MeasureSettings, Reporter
 from harness.measure import gate, memory, roofline, stats
 from harness.measure.ffn import FfnTensors, TrainingCalls, ffn_weights, natural_tensors
 from harness.measure.launch import Contender, first_call_seconds, load_libraries
 from harness.measure.timing import PairedTimes, time_paired
-from harness.points import Point
-from harness.workloads.ffn_group import (
+from harness.sweep.model import Measure
+from harness.sweep.point import Point
+from harness.workloads.group import (
     Entry,
     Group,
     compiled,
@@ -35,6 +35,7 @@ from harness.workloads.ffn_group import (
     time_all,
     timing_settings,
 )
+from harness.workloads.job import Job, Reporter
 
 _QUANTITIES = ("forward", "backward", "step")
 _HIDDEN_SLACK = 2**20  # bytes: what rounding many blocks up to 512 bytes may add
@@ -45,7 +46,7 @@ class _Bench:
     """What all methods of the group are measured with."""
 
     group: Group
-    settings: MeasureSettings
+    settings: Measure
     report: Reporter
     tensors: list[FfnTensors]  # one per layer; x and dy of the first are used
     ceilings: roofline.Ceilings

@@ -16,13 +16,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from harness.job import Job, MeasureSettings, Reporter
 from harness.measure import gate, memory, stats
 from harness.measure.ffn import ffn_weights
 from harness.measure.launch import FLUSH_FACTOR, Contender, first_call_seconds, load_libraries
 from harness.measure.timing import PairedTimes, time_paired
-from harness.points import Point
-from harness.workloads.ffn_group import (
+from harness.sweep.model import Measure
+from harness.sweep.point import Point
+from harness.sweep.support import model_config
+from harness.workloads.generate_gate import Truth, check_decoding, find_truth
+from harness.workloads.generate_model import ffn_tensors, model_on, random_weights
+from harness.workloads.group import (
     Entry,
     Group,
     compiled,
@@ -38,9 +41,7 @@ from harness.workloads.ffn_group import (
     timing_settings,
     with_weights,
 )
-from harness.workloads.generate_gate import Truth, check_decoding, find_truth
-from harness.workloads.generate_model import ffn_tensors, model_on, random_weights
-from harness.workloads.pretrain import model_config
+from harness.workloads.job import Job, Reporter
 from moc.config import LlamaConfig
 from moc.decoding import GreedyDecoder, cache_length
 
@@ -55,7 +56,7 @@ class _Bench:
     """What all methods of the group are measured with."""
 
     group: Group
-    settings: MeasureSettings
+    settings: Measure
     report: Reporter
     config: LlamaConfig
     weights: dict[str, Tensor]

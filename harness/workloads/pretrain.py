@@ -12,24 +12,23 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import scipy.stats
 import torch
 from numpy.typing import ArrayLike
 
-from harness.checkpoint import Checkpoints
-from harness.data import prepare
-from harness.data.batches import bits_per_byte
-from harness.job import Job, Reporter
 from harness.measure.clocks import ClockReader, Conditions, any_throttled, median_sm_clock
 from harness.measure.memory import is_out_of_memory, peak_bytes, peak_rss_over_start_bytes, saved_bytes
 from harness.measure.stats import CONFIDENCE, RESAMPLES, Estimate, median_estimate
 from harness.measure.union import LARGEST_BATCH, union_shares
-from harness.points import Point
-from harness.training import (
-    AUTOCAST_DTYPES,
+from harness.sweep.catalog import TRAINING_DTYPES
+from harness.sweep.point import Point
+from harness.sweep.support import _given, model_config
+from harness.training.checkpoint import Checkpoints
+from harness.training.data import prepare
+from harness.training.data.batches import bits_per_byte
+from harness.training.trainer import (
     DivergedError,
     Evaluation,
     TrainConfig,
@@ -38,6 +37,7 @@ from harness.training import (
     autocast,
     evaluate,
 )
+from harness.workloads.job import Job, Reporter
 from moc.config import LlamaConfig
 from moc.llama import Llama
 from moc.methods import Method, get_method
@@ -76,19 +76,6 @@ def run(job: Job, report: Reporter) -> None:
         raise
 
 
-def model_config(point: Point) -> LlamaConfig:
-    """The model of a `pretrain` or `generate` point. Raises ValueError naming a field that it lacks."""
-    return LlamaConfig(
-        name=point.preset or f"{point.d_model}x{point.d_ffn}",
-        d_model=point.d_model,
-        d_ffn=point.d_ffn,
-        n_layers=point.n_layers,
-        n_heads=_given(point, "n_heads"),
-        vocab_size=_given(point, "vocab_size"),
-        max_seq_len=point.seq_len,
-    )
-
-
 def train_config(point: Point) -> TrainConfig:
     """How a point is trained. Raises ValueError for values that cannot be trained with."""
     return TrainConfig(
@@ -102,22 +89,14 @@ def train_config(point: Point) -> TrainConfig:
     )
 
 
-def _given(point: Point, name: str) -> Any:
-    """A field that other workloads leave out."""
-    value = getattr(point, name)
-    if value is None:
-        raise ValueError(f"{point.workload}: {name} is missing from the point")
-    return value
-
-
 def _unsupported(
     point: Point, method: Method, selection: Selection | None, config: LlamaConfig, device: str
 ) -> str | None:
     """Why the point cannot be trained, or None."""
     if not method.backward:
         return f"method {method.name} has no backward pass"
-    if point.dtype not in AUTOCAST_DTYPES:
-        return f"dtype {point.dtype} cannot be trained; choose one of {', '.join(AUTOCAST_DTYPES)}"
+    if point.dtype not in TRAINING_DTYPES:
+        return f"dtype {point.dtype} cannot be trained; choose one of {', '.join(TRAINING_DTYPES)}"
     return method.unsupported_reason(config.ffn, selection, point.dtype, device)
 
 

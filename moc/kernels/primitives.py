@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction
 
 
 def _interpreted() -> bool:
@@ -43,7 +44,20 @@ def jit(fn: Callable[..., Any] | None = None, **options: Any) -> Any:
         return lambda function: jit(function, **options)
     with triton.knobs.runtime.scope():
         triton.knobs.runtime.interpret = INTERPRETED
-        return triton.jit(fn, **options)
+        made = triton.jit(fn, **options)
+    return _Interpreted(fn, **made.kwargs) if INTERPRETED else made
+
+
+class _Interpreted(InterpretedFunction):
+    """An interpreted function that calls what it calls without preparing the language for it once more.
+
+    The launch of a kernel has done that for all of them; Triton's own does it again in every call, which
+    takes a third of the time.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """A call from an interpreted kernel."""
+        return self.rewrite()(*args, **kwargs)
 
 
 @contextmanager

@@ -17,12 +17,14 @@ from typing import Any
 import optuna
 import pytest
 
-from harness.job import Job, MeasureSettings
-from harness.points import Point
-from harness.postgres import NoPostgresError, PrivatePostgres
-from harness.spec import parse_sweep
-from harness.study import PartStudy, open_storage
-from harness.trial import make_row
+from harness.search.storage import open_storage
+from harness.search.study import PartStudy
+from harness.soak.postgres import NoPostgresError, PrivatePostgres
+from harness.sweep.load import parse_sweep
+from harness.sweep.model import Measure
+from harness.sweep.point import Point
+from harness.workloads.job import Job
+from harness.workloads.reporter import make_row
 
 if "CI" not in os.environ:  # there it is installed, and a test that is skipped would hide that it is not
     pytest.importorskip("selenium")
@@ -253,11 +255,24 @@ def test_only_this_machine_and_this_page_are_answered(watched: Watched) -> None:
     assert _status(f"{watched.url}/api/studies/0", "GET", {}) == 200
 
 
+def test_only_loopback_is_listened_on_by_default(watched: Watched) -> None:
+    """Without --host the socket is bound to 127.0.0.1."""
+    assert watched.url.startswith("http://127.0.0.1:")
+    assert listens(watched.dashboard, watched.url, "0100007F")
+
+
 def test_an_interrupt_ends_the_dashboard_without_a_trace(watched: Watched) -> None:
     """Ctrl-C is how one leaves: no traceback, exit code 0."""
     watched.dashboard.send_signal(signal.SIGINT)
     output, _ = watched.dashboard.communicate(timeout=20)
     assert (watched.dashboard.returncode, output) == (0, "dashboard ended\n")
+
+
+def listens(dashboard: subprocess.Popen[str], url: str, address: str) -> bool:
+    """Whether a socket of the dashboard's host listens at the address, in hexadecimal, and the URL's port."""
+    port = int(url.split(":")[2].split("/")[0])
+    sockets = Path(f"/proc/{dashboard.pid}/net/tcp").read_text()
+    return f" {address}:{port:04X} 00000000:0000 0A" in sockets  # 0A: listening
 
 
 def serve(folder: Path, *options: str) -> subprocess.Popen[str]:
@@ -280,7 +295,7 @@ def add_study(folder: Path, url: str | None = None) -> None:
     point = Point("ffn_train", "dense", None, "1m", 128, 384, 1, 2, 64, "fp32", 0)
     storage = open_storage(folder, url)
     study = PartStudy(sweep, sweep.parts[0], storage, "cpu", [point])
-    job = Job("small", "r1", 1, (point,), MeasureSettings(), "cpu", "work")
+    job = Job("small", "r1", 1, (point,), Measure(), "cpu", "work")
     values = {"saved_activation_bytes_per_token": 6656.0, "step_ms": 2.0}
     rows = [
         {**make_row(job, point, metric, "ok", "", device_name="D", env_id="e"), "value": value}
@@ -292,23 +307,21 @@ def add_study(folder: Path, url: str | None = None) -> None:
         storage.engine.dispose()
 
 
-def test_only_loopback_is_listened_on_unless_asked(tmp_path: Path) -> None:
-    """Without --host the socket is bound to 127.0.0.1; for all interfaces one line warns beforehand."""
+def test_other_machines_are_let_in_when_asked_after_a_warning(tmp_path: Path) -> None:
+    """With --host 0.0.0.0 all interfaces are listened on, and one line warns beforehand."""
     add_study(tmp_path / "results/small")
-    for host, bound, lines in (("127.0.0.1", "0100007F", 1), ("0.0.0.0", "00000000", 2)):
-        dashboard = serve(tmp_path, "--host", host)
-        try:
-            assert dashboard.stdout is not None
-            said = [dashboard.stdout.readline() for _ in range(lines)]
-            assert said[-1].startswith(f"Optuna dashboard on http://{host}:")
-            assert said[:-1] == ["warning: 0.0.0.0 is not loopback; whoever reaches this port can change and "
-                                 "delete the studies\n"][: lines - 1]  # fmt: skip
-            port = int(said[-1].split(":")[2].split("/")[0])
-            sockets = Path(f"/proc/{dashboard.pid}/net/tcp").read_text()
-            assert f" {bound}:{port:04X} 00000000:0000 0A" in sockets  # 0A: listening
-        finally:
-            dashboard.kill()
-            dashboard.communicate()
+    dashboard = serve(tmp_path, "--host", "0.0.0.0")
+    try:
+        assert dashboard.stdout is not None
+        warning, url = dashboard.stdout.readline(), dashboard.stdout.readline()
+        assert url.startswith("Optuna dashboard on http://0.0.0.0:")
+        assert warning == (
+            "warning: 0.0.0.0 is not loopback; whoever reaches this port can change and delete the studies\n"
+        )
+        assert listens(dashboard, url, "00000000")
+    finally:
+        dashboard.kill()
+        dashboard.communicate()
 
 
 def test_a_study_in_postgresql_is_served(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.postgres import NoPostgresError, PrivatePostgres
-from harness.soak import Verdict
+from harness.soak.postgres import NoPostgresError, PrivatePostgres
+from harness.soak.run import Verdict
 
 
 def soak(*options: str) -> str:
@@ -25,43 +25,44 @@ def soak(*options: str) -> str:
     return done.stdout
 
 
-def killed(text: str) -> int:
-    """How many kills a soak run counted."""
-    found = re.search(r"kill -9: (\d+)", text)
+def killed(text: str) -> dict[str, int]:
+    """How many kills a soak run counted, by role."""
+    found = re.search(r"kill -9: (\d+) \((.*)\)", text)
     assert found is not None
-    return int(found[1])
+    roles = {role: int(count) for role, count in re.findall(r"(\w+) (\d+)", found[2])}
+    assert sum(roles.values()) == int(found[1])
+    return roles
 
 
 def test_a_results_folder_survives_random_kills() -> None:
-    """One runner and two workers on a folder, all of them and their trials killed fifteen times."""
-    text = soak("--points", "40", "--workers", "3", "--kills", "15", "--seed", "1")
-    assert "rows lost 0, doubled 0, wrong 0, failed 0" in text
-    assert killed(text) == 15
+    """A runner and a worker on a folder, five kills: of the runner, of the worker and of their trials."""
+    text = soak("--points", "24", "--workers", "2", "--kills", "5", "--seed", "77")
+    assert "24 points, 2 workers: rows lost 0, doubled 0, wrong 0, failed 0" in text
+    assert killed(text) == {"run": 1, "trial": 3, "worker": 1}
     assert "processes left 0" in text
 
 
 def test_a_database_survives_random_kills() -> None:
-    """A runner and seven workers on a real PostgreSQL server, killed ten times."""
+    """A runner and three workers on a PostgreSQL server; the runner, a worker and two trials are killed."""
     try:
         PrivatePostgres(Path("unused"))
     except NoPostgresError as error:
         if "CI" in os.environ:  # there it is installed, and a test that is skipped would hide that it is not
             raise
         pytest.skip(str(error))
-    text = soak("--over", "postgres", "--points", "40", "--workers", "8", "--kills", "10", "--seed", "2")
-    assert "40 points, 8 workers: rows lost 0, doubled 0, wrong 0, failed 0" in text
-    assert killed(text) == 10
+    text = soak("--over", "postgres", "--points", "24", "--workers", "4", "--kills", "4", "--seed", "25")
+    assert "24 points, 4 workers: rows lost 0, doubled 0, wrong 0, failed 0" in text
+    assert killed(text) == {"run": 1, "trial": 2, "worker": 1}
 
 
 def test_two_ray_nodes_survive_random_kills() -> None:
-    """Four workers on two nodes of a Ray cluster, they and their trials killed eight times: Ray starts them
-    again, and leases keep every point to one."""
+    """A worker on each of two nodes of a Ray cluster, one of them and three trials killed: Ray starts the
+    worker again, and leases keep every point to one."""
     if "CI" not in os.environ and importlib.util.find_spec("ray") is None:
         pytest.skip("the extra `ray` is not installed")
-    text = soak("--over", "ray", "--points", "40", "--workers", "4", "--kills", "8", "--seed", "3")
-    assert "40 points, 4 workers: rows lost 0, doubled 0, wrong 0, failed 0" in text
-    assert killed(text) == 8
-    assert re.search(r"worker [1-9]", text)
+    text = soak("--over", "ray", "--points", "24", "--workers", "2", "--kills", "4", "--seed", "66")
+    assert "24 points, 2 workers: rows lost 0, doubled 0, wrong 0, failed 0" in text
+    assert killed(text) == {"trial": 3, "worker": 1}
 
 
 @pytest.mark.parametrize("flaw", ["lost", "doubled", "wrong", "failed", "left"])

@@ -6,10 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from typer.testing import CliRunner
+
+from harness.cli import app
 
 TINY = """\
 version: 1
@@ -18,7 +22,7 @@ parts:
   - workload: pretrain
     axes:
       preset: [1m]
-      seq_len: [32, 64]
+      seq_len: [32]
       method: [dense, moc_reference]
       selection: ["topk:0.25"]
     fixed: {tokens: 256, train_tokens: 8192, eval_tokens: 2048, vocab_size: 512, lr: 3e-3, dtype: fp32}
@@ -52,13 +56,39 @@ def raw_rows(folder: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+@dataclass(frozen=True)
+class Interrupted:
+    """A sweep that was killed after its first point and then run to its end."""
+
+    folder: Path
+    before: list[dict[str, object]]  # the rows when it was killed
+    all_gone: bool  # whether no process of it was left then
+
+
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which the tiny sweep has run once."""
+def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Interrupted:
+    """kill -9 of the tiny sweep after its first point, and the run that ends it."""
     folder = tmp_path_factory.mktemp("sweep")
+    process = subprocess.Popen(
+        command(folder), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("[1/4]"):
+            break
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    before, all_gone = raw_rows(folder), _gone(str(folder / "results"))
     done = run(folder)
     assert done.returncode == 0, done.stdout + done.stderr
-    return folder
+    return Interrupted(folder, before, all_gone)
+
+
+@pytest.fixture(scope="module")
+def finished(interrupted: Interrupted) -> Path:
+    """A folder in which the tiny sweep has come to its end."""
+    return interrupted.folder
 
 
 def test_a_sweep_leaves_tables_plots_report_and_study(finished: Path) -> None:
@@ -69,7 +99,7 @@ def test_a_sweep_leaves_tables_plots_report_and_study(finished: Path) -> None:
     assert len(plots) >= 4
     assert all(plot.read_bytes().startswith(b"\x89PNG") for plot in plots)
     wide = pd.read_csv(results / "wide.csv")
-    assert len(wide) == 4 + 2
+    assert len(wide) == 2 + 2
     assert set(wide["status"]) <= {"ok", "unstable"}  # timing on a busy machine may reach its cap
 
 
@@ -95,7 +125,7 @@ def test_a_second_run_measures_nothing(finished: Path) -> None:
     before = (finished / "results/tiny/rows.jsonl").read_bytes()
     again = run(finished)
     assert again.returncode == 0
-    assert "6 points, 6 already measured" in again.stdout
+    assert "4 points, 4 already measured" in again.stdout
     assert (finished / "results/tiny/rows.jsonl").read_bytes() == before
 
 
@@ -103,38 +133,18 @@ def test_status_and_plan_agree_that_nothing_is_missing(finished: Path) -> None:
     """Both verbs read the same rows."""
     sweep, results = str(finished / "tiny.yaml"), str(finished / "results")
     options = ["--device", "cpu", "--results", results]
-    plan = subprocess.run(
-        [sys.executable, "-m", "harness", "plan", sweep, *options], capture_output=True, text=True, check=True
-    )
-    assert "6 points, 0 to measure" in plan.stdout
-    status = subprocess.run(
-        [sys.executable, "-m", "harness", "status", sweep, *options],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "pretrain" in status.stdout
+    plan, status = (CliRunner().invoke(app, [verb, sweep, *options]) for verb in ("plan", "status"))
+    assert (plan.exit_code, status.exit_code) == (0, 0)
+    assert "4 points, 0 to measure" in plan.output
+    assert "pretrain" in status.output
 
 
-def test_a_killed_sweep_goes_on_with_just_what_is_missing(tmp_path: Path) -> None:
+def test_a_killed_sweep_goes_on_with_just_what_is_missing(interrupted: Interrupted) -> None:
     """kill -9 after the first point: its rows stay, no trial survives, the next run does the rest."""
-    (tmp_path / "tiny.yaml").write_text(TINY.replace("seq_len: [32, 64]", "seq_len: [32]"))
-    process = subprocess.Popen(
-        command(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("[1/4]"):
-            break
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
-    before = raw_rows(tmp_path)
+    before, after = interrupted.before, raw_rows(interrupted.folder)
     assert {row["metric"] for row in before} >= {"tokens_per_s", "perplexity"}
-    assert _gone(str(tmp_path / "results"))
-    again = run(tmp_path)
-    assert again.returncode == 0, again.stdout + again.stderr
-    after = raw_rows(tmp_path)
+    assert len({row["point_key"] for row in before}) < 4
+    assert interrupted.all_gone
     assert after[: len(before)] == before
     points = [(row["point_key"], row["metric"]) for row in after]
     assert len(set(points)) == len(points)
@@ -143,7 +153,7 @@ def test_a_killed_sweep_goes_on_with_just_what_is_missing(tmp_path: Path) -> Non
 
 def test_a_bad_sweep_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     """The message goes to standard error, with nothing else around it."""
-    (tmp_path / "tiny.yaml").write_text(TINY.replace("seq_len: [32, 64]", "seqlen: [32, 64]"))
+    (tmp_path / "tiny.yaml").write_text(TINY.replace("seq_len: [32]", "seqlen: [32]"))
     done = run(tmp_path)
     assert done.returncode == 2
     assert done.stderr == (

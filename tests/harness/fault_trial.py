@@ -12,11 +12,12 @@ import sys
 import time
 from pathlib import Path
 
-from harness import guard
-from harness.job import Job
-from harness.metrics import PRIMARY_METRIC
-from harness.points import Point
-from harness.trial import EXIT_OOM, EventReporter, output_path
+from harness.run import guard
+from harness.run.trial import EXIT_OOM, output_path
+from harness.sweep.catalog import WORKLOADS
+from harness.sweep.point import Point
+from harness.workloads.job import Job
+from harness.workloads.reporter import EventReporter
 
 SLEEP = [
     sys.executable,
@@ -76,7 +77,7 @@ def harm(fault: str, report: EventReporter, point: Point) -> None:
         report.finish(point, "oom", "no more")
         os._exit(EXIT_OOM)
     elif fault == "dies_when_done":
-        report.measure(point, PRIMARY_METRIC[point.workload], 1.0)
+        report.measure(point, WORKLOADS[point.workload].primary_metric, 1.0)
         report.finish(point)
         os.kill(os.getpid(), signal.SIGSEGV)
     elif fault == "half_a_line":
@@ -100,7 +101,7 @@ def main() -> None:
                 pids = [os.getpid(), os.getppid(), *start_helpers()]
                 Path(os.environ["PIDS"]).write_text(json.dumps(pids))
             harm(fault, report, point)
-            metric = PRIMARY_METRIC[point.workload]
+            metric = WORKLOADS[point.workload].primary_metric
             report.samples(point, metric, [float(point.batch)])
             report.measure(point, metric, float(point.batch))
             report.finish(point)

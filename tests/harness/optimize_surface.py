@@ -10,9 +10,10 @@ import optuna
 from optuna.storages import BaseStorage, InMemoryStorage
 from rows import rows_of
 
-from harness.points import Point
-from harness.search import Proposal, SearchStudy
-from harness.spec import Sweep, parse_sweep
+from harness.search.proposals import Proposal, SearchStudy
+from harness.sweep.load import parse_sweep
+from harness.sweep.model import Sweep
+from harness.sweep.point import Point
 from moc.selection import parse_selection
 
 # Three axes, two objectives. The front is known: batch 8, lr 1e-3, and any K.

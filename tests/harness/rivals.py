@@ -43,9 +43,6 @@ class _Fails(DenseFFN):
             raise MemoryError("no more")
         elif self.how == "cuda_error":
             raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nmore lines")
-        elif self.how == "loop":
-            while True:
-                pass
         raise RuntimeError("this FFN always fails")
 
 
@@ -87,11 +84,6 @@ def memory(shape: FfnShape, selection: Selection | None) -> nn.Module:
 def cuda_error(shape: FfnShape, selection: Selection | None) -> nn.Module:
     """Fails as a kernel that wrote where it should not: nothing on the device can be trusted after that."""
     return _Fails(shape, "cuda_error")
-
-
-def loop(shape: FfnShape, selection: Selection | None) -> nn.Module:
-    """Computes for ever."""
-    return _Fails(shape, "loop")
 
 
 def raises(shape: FfnShape, selection: Selection | None) -> nn.Module:

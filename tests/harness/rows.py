@@ -2,10 +2,11 @@
 
 from typing import Any
 
-from harness.job import Job, MeasureSettings
-from harness.metrics import PRIMARY_METRIC
-from harness.points import Point
-from harness.trial import make_row
+from harness.sweep.catalog import WORKLOADS
+from harness.sweep.model import Measure
+from harness.sweep.point import Point
+from harness.workloads.job import Job
+from harness.workloads.reporter import make_row
 
 
 def train_point(method: str = "dense", selection: str | None = None, **changes: Any) -> Point:
@@ -18,8 +19,8 @@ def rows_of(
     point: Point, values: dict[str, float], status: str = "ok", run_id: str = "r1", device: str = "D"
 ) -> list[dict[str, Any]]:
     """One finished point's rows: a row per metric, or the single row of a failure."""
-    job = Job("t", run_id, 1, (point,), MeasureSettings(), "cpu", "work")
-    primary = PRIMARY_METRIC[point.workload]
+    job = Job("t", run_id, 1, (point,), Measure(), "cpu", "work")
+    primary = WORKLOADS[point.workload].primary_metric
     if status not in ("ok", "unstable"):
         return [make_row(job, point, primary, status, "because", device_name=device, env_id="e")]
     rows = [

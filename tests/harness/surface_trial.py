@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from harness.job import Job
-from harness.points import Point
-from harness.trial import make_row, output_path
+from harness.run.trial import output_path
+from harness.sweep.point import Point
+from harness.workloads.job import Job
+from harness.workloads.reporter import make_row
 
 
 def rows_of(job: Job, point: Point) -> tuple[str, list[dict[str, Any]]]:

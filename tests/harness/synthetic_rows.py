@@ -10,8 +10,11 @@ from typing import Any
 
 import pandas as pd
 
-from harness.metrics import METRICS, PRIMARY_METRIC
-from harness.store import COLUMNS, Store, read_rows
+from harness.store.files import Store
+from harness.store.frames import read_rows
+from harness.store.rows import COLUMNS
+from harness.sweep.catalog import WORKLOADS
+from harness.sweep.metrics import METRICS
 from moc.config import PRESETS
 from moc.selection import parse_selection
 
@@ -42,7 +45,7 @@ def point(
         config = PRESETS[str(preset)]
         shape = (config.d_model, config.d_ffn, config.n_layers)
     k = parse_selection(selection).k(shape[1]) if selection else shape[1]
-    primary = PRIMARY_METRIC[workload]
+    primary = WORKLOADS[workload].primary_metric
     whole = workload == "pretrain"
     named = [workload, method, selection, preset, shape, seq_len, tokens, seed, sorted(more.items())]
     base: dict[str, Any] = {
@@ -90,7 +93,7 @@ def quality(loss: float, half: float | None = 0.02, untrained: float = 10.4) -> 
 
 
 def frame(*points: list[dict[str, Any]]) -> pd.DataFrame:
-    """Rows of points as a data frame, as `harness.store.read_rows` would give them."""
+    """Rows of points as a data frame, as `harness.store.frames.read_rows` would give them."""
     return pd.DataFrame([row for rows in points for row in rows], columns=list(COLUMNS))
 
 

@@ -18,17 +18,21 @@ from rich.console import Console
 from rows import rows_of, train_point
 from typer.testing import CliRunner
 
-from harness.checkpoint import Checkpoints
 from harness.cli import app
 from harness.dashboard import guarded, hang_pictures, is_loopback
-from harness.folders import refuse_links, results_folder
-from harness.progress import SweepProgress
-from harness.runner import RunOptions, run_sweep
-from harness.spec import SpecError, parse_sweep
-from harness.store import Store, read_rows
-from harness.strict_yaml import MAX_DEPTH
-from harness.study import PartStudy, open_storage
-from harness.worker import Finished
+from harness.errors import SpecError
+from harness.run.options import RunOptions
+from harness.run.progress import SweepProgress
+from harness.run.runner import run_sweep
+from harness.run.supervise import Finished
+from harness.search.storage import open_storage
+from harness.search.study import PartStudy
+from harness.store.files import Store
+from harness.store.folders import refuse_links, results_folder
+from harness.store.frames import read_rows
+from harness.sweep.load import parse_sweep
+from harness.sweep.strict_yaml import MAX_DEPTH
+from harness.training.checkpoint import Checkpoints
 
 GOOD = """\
 version: 1

@@ -16,6 +16,7 @@ from moc import FfnShape, parse_selection
 from moc.layers.moc import TritonMoCFFN
 
 WORLD = 2
+KINDS = ("ddp", "fsdp2")
 
 
 def _layer() -> TritonMoCFFN:
@@ -37,9 +38,15 @@ def _gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _worker(rank: int, kind: str, folder: str, device_type: str) -> None:
+def _worker(rank: int, folder: str, device_type: str) -> None:
     if device_type == "cuda":
         torch.cuda.set_device(rank)
+    for kind in KINDS:
+        _average(rank, kind, folder, device_type)
+    os._exit(0)  # while the interpreter ends, Gloo's threads may abort it (pytorch/pytorch#179291)
+
+
+def _average(rank: int, kind: str, folder: str, device_type: str) -> None:
     backend = "nccl" if device_type == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"file://{folder}/{kind}", rank=rank, world_size=WORLD)
     layer, x = _layer().to(device_type), _tokens().chunk(WORLD)[rank].to(device_type)
@@ -53,32 +60,36 @@ def _worker(rank: int, kind: str, folder: str, device_type: str) -> None:
         torch.save(gradients, Path(folder) / f"{kind}.pt")
     dist.barrier()
     dist.destroy_process_group()
-    os._exit(0)  # while the interpreter ends, Gloo's threads may abort it (pytorch/pytorch#179291)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_two_processes_give_the_gradients_of_one(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """DDP and FSDP2 over two gloo processes on the CPU: averaged gradients are those of the whole batch."""
-    with monkeypatch.context() as patch:
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where two gloo processes on the CPU left the gradients of each kind."""
+    folder = tmp_path_factory.mktemp("gradients")
+    with pytest.MonkeyPatch.context() as patch:
         for name, value in {
             "TRITON_INTERPRET": "1",
             "CUDA_VISIBLE_DEVICES": "",
             "OMP_NUM_THREADS": "1",
         }.items():
             patch.setenv(name, value)
-        mp.spawn(_worker, (kind, str(tmp_path), "cpu"), nprocs=WORLD)
-    _assert_gradients_of_one(tmp_path / f"{kind}.pt")
+        mp.spawn(_worker, (str(folder), "cpu"), nprocs=WORLD)
+    return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_give_the_gradients_of_one(kind: str, saved: Path) -> None:
+    """DDP and FSDP2 over two gloo processes on the CPU: averaged gradients are those of the whole batch."""
+    _assert_gradients_of_one(saved / f"{kind}.pt")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < WORLD, reason="needs two GPUs")
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_two_gpus_give_the_gradients_of_one(kind: str, tmp_path: Path) -> None:
+def test_two_gpus_give_the_gradients_of_one(tmp_path: Path) -> None:
     """DDP and FSDP2 over NCCL on two GPUs: averaged gradients are those of the whole batch."""
-    mp.spawn(_worker, (kind, str(tmp_path), "cuda"), nprocs=WORLD)
-    _assert_gradients_of_one(tmp_path / f"{kind}.pt")
+    mp.spawn(_worker, (str(tmp_path), "cuda"), nprocs=WORLD)
+    for kind in KINDS:
+        _assert_gradients_of_one(tmp_path / f"{kind}.pt")
 
 
 def _assert_gradients_of_one(saved: Path) -> None:

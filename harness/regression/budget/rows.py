@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
-from harness.job import Job, MeasureSettings
 from harness.measure import roofline
-from harness.metrics import PRIMARY_METRIC
-from harness.plan import GROUPED_WORKLOADS
-from harness.points import Point
 from harness.regression.budget.check import Facts
-from harness.trial import run_job
+from harness.run.trial import run_job
+from harness.sweep.catalog import WORKLOADS
+from harness.sweep.model import Measure, Timing
+from harness.sweep.point import Point
+from harness.workloads.job import Job
 
 _FFN: dict[str, Any] = {"d_model": 16, "d_ffn": 48, "n_layers": 1, "dtype": "fp32", "seed": 0, "preset": None}
 _MODEL: dict[str, Any] = {**_FFN, "n_layers": 2, "n_heads": 2, "d_model": 32, "vocab_size": 300}
@@ -49,14 +49,14 @@ def collect() -> Facts:
     roofline.store_ceilings(torch.device("cpu"), roofline.Ceilings(1e9, rates))
     source = _text(Path(folder))
     facts: Facts = {"rows": {}}
-    for workload in PRIMARY_METRIC:
+    for workload in WORKLOADS:
         if importlib.util.find_spec(f"harness.workloads.{workload}") is None:
             continue
         if workload not in TINY:
             facts["rows"][workload] = f"no tiny point in {Path(__file__).name}"
             continue
         points = [Point(workload=workload, method=m, selection=r, **TINY[workload]) for m, r in METHODS]
-        for job in [points] if workload in GROUPED_WORKLOADS else [[point] for point in points]:
+        for job in [points] if WORKLOADS[workload].grouped else [[point] for point in points]:
             metrics = _metrics(job, folder, source)
             for point in job:
                 name = " ".join(filter(None, (point.method, point.selection)))
@@ -66,7 +66,7 @@ def collect() -> Facts:
 
 def _metrics(points: Sequence[Point], folder: str, source: str) -> dict[str, list[str]]:
     """The metrics of the rows that one job leaves for each of its points, by point_key."""
-    measure = MeasureSettings(rel_ci=10.0, max_seconds=0.0)  # two rounds of each timing
+    measure = Measure(timing=Timing(rel_ci=0.99, max_seconds=1e-3))  # two rounds of each timing
     stream = io.StringIO()
     if run_job(Job("budget", "run", 1, tuple(points), measure, "cpu", folder, source), stream):
         raise RuntimeError(f"{points[0].label} or another method crashed; the traceback stands above")

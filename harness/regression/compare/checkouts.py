@@ -19,11 +19,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from harness.errors import SpecError
 from harness.measure.clocks import Conditions
 from harness.measure.stats import Verdict, median, paired_ratio
 from harness.measure.timing import PairedTimes, TimingSettings, run_rounds
 from harness.regression.compare.verdict import RULES, Change, final, judge
-from harness.spec import SpecError
 from moc.config import near_miss
 
 ROOT = Path(__file__).resolve().parents[3]

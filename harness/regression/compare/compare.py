@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from harness.errors import SpecError
 from harness.regression.compare.checkouts import compare_checkouts
 from harness.regression.compare.sides import checked_out, find_sides
 from harness.regression.compare.stored import compare_stored
 from harness.regression.compare.summary import Comparison, write
-from harness.spec import SpecError
 
 
 def compare(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from harness.spec import SpecError
+from harness.errors import SpecError
 
 Kind = Literal["revision", "checkout", "results", "benchmark"]
 CHECKOUT_MARK = "moc/__init__.py"

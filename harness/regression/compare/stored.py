@@ -16,14 +16,14 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
+from harness.errors import SpecError
 from harness.measure.stats import MIN_SAMPLES, Verdict, median
-from harness.metrics import METRICS
 from harness.regression.compare.checkouts import Outcome
 from harness.regression.compare.sides import Side, refuse_other_machine
 from harness.regression.compare.verdict import RULES, Change, Rule, judge, unpaired_speedup
-from harness.rows import MEASURED
-from harness.spec import SpecError
-from harness.store import read_rows, read_samples
+from harness.store.frames import read_rows, read_samples
+from harness.store.rows import MEASURED
+from harness.sweep.metrics import METRICS
 
 RECORD = "mocbench"  # where `make bench` puts the environment record into pytest-benchmark's machine_info
 _MS = {"us": 1e-3, "ms": 1.0, "s": 1e3}

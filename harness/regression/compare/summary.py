@@ -14,9 +14,9 @@ from typing import Any
 from matplotlib.lines import Line2D
 
 from harness.measure.stats import Verdict
-from harness.plot_style import Board
 from harness.regression.compare.checkouts import Outcome
 from harness.regression.compare.verdict import RULES
+from harness.report.plots.style import Board
 
 EXIT_FAILED, EXIT_SLOW = 1, 3
 VERDICTS: tuple[Verdict, ...] = ("SAME", "FAST", "SLOW", "AMBG")

@@ -1,0 +1,138 @@
+"""The plots of one FFN layer: step time, saved bytes, and speed-up against the fastest dense method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.ticker import EngFormatter
+
+from harness.report import wording
+from harness.report.plots.style import Board, Plot, line_handle, look
+from harness.report.plots.titles import ratio_note, saved_title, speedup_title, step_title
+
+_CONDITIONS = ("tokens", "seq_len", "dtype", "timing_mode")
+
+
+def ffn_plots(summary: pd.DataFrame, caption: str, folder: Path, tail: str) -> list[Plot | None]:
+    """The plots the `ffn_train` lines of a summary support, into `folder/NAME{tail}.png`."""
+    if summary.empty:
+        return []
+    interval = "Whiskers: 95 % intervals. " if summary["step_ms_ci_low"].notna().any() else ""
+    saved = "Counted by storage, input included, weights excluded: exact, so there is no interval. "
+    return [
+        horizontal_bars(
+            summary, "step_ms", "forward + backward of one FFN layer (ms), less is better",
+            step_title, caption, folder / f"ffn_step_time{tail}.png", interval,
+        ),
+        horizontal_bars(
+            summary, "saved_activation_bytes_per_token", "bytes kept for backward per token, less is better",
+            saved_title, caption, folder / f"ffn_saved_bytes{tail}.png", saved,
+        ),
+        speedups(summary, caption, folder / f"ffn_speedup{tail}.png"),
+    ]  # fmt: skip
+
+
+def _titles(summary: pd.DataFrame) -> dict[str, str]:
+    varying = [name for name in _CONDITIONS if summary[name].nunique(dropna=False) > 1]
+    if "tokens" in varying and "seq_len" in varying:
+        varying.remove("seq_len")  # one FFN layer sees tokens, not sequences
+    titles: dict[str, str] = {}
+    for _, line in summary.iterrows():
+        off = " (misaligned)" if line["misaligned"] else ""
+        titles.setdefault(line["cell"], wording.cell_label(line, varying, shape=True) + off)
+    return titles
+
+
+def _labels(summary: pd.DataFrame) -> list[str]:
+    return list(
+        dict.fromkeys(
+            wording.series_label(line["method"], line["selection"]) for _, line in summary.iterrows()
+        )
+    )
+
+
+def _board(summary: pd.DataFrame, labels: list[str]) -> tuple[Board, list[tuple[Axes, pd.DataFrame]]]:
+    titles = _titles(summary)
+    board = Board(
+        list(titles.values()), columns=min(3, len(titles)) if len(titles) != 4 else 2,
+        panel_inches=0.7 + 0.27 * len(labels), share_x=False,
+    )  # fmt: skip
+    return board, [(a, summary[summary["cell"] == c]) for a, c in zip(board.axes, titles, strict=True)]
+
+
+def _rows_of(axes: Axes, labels: list[str], *, named: bool) -> None:
+    axes.set_yticks(range(len(labels)), labels if named else [""] * len(labels))
+    axes.set_ylim(len(labels) - 0.4, -0.6)
+    axes.grid(visible=False, axis="y")
+
+
+def horizontal_bars(
+    summary: pd.DataFrame,
+    metric: str,
+    x_name: str,
+    title: Callable[[pd.DataFrame], str],
+    caption: str,
+    path: Path,
+    note: str,
+) -> Plot | None:
+    """A bar per method from zero, its value written at the end; None if nothing has the metric."""
+    known = summary[summary[metric].notna()]
+    if known.empty:
+        return None
+    labels = _labels(known)
+    board, parts = _board(known, labels)
+    columns = 2 if len(parts) == 4 else min(3, len(parts))
+    for number, (axes, part) in enumerate(parts):
+        longest = part[metric].max()
+        for _, line in part.iterrows():
+            style = look(line["method"], line["family"], dense=line["is_dense"])
+            at = labels.index(wording.series_label(line["method"], line["selection"]))
+            axes.barh(at, line[metric], color=style.color, hatch=style.hatch, edgecolor="white", height=0.72)
+            end = line[metric]
+            if line[f"{metric}_ci_low"] == line[f"{metric}_ci_low"]:
+                low, end = line[f"{metric}_ci_low"], line[f"{metric}_ci_high"]
+                axes.plot([low, end], [at, at], color="black", linewidth=1.2, marker="|", markersize=6)
+            words = f"{line[metric]:,.0f}" if metric.startswith("saved") else wording.number(line[metric])
+            axes.annotate(words, (end, at), (4, 0), textcoords="offset points", va="center", fontsize=8)
+        axes.set_xlim(0, longest * 1.22)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        _rows_of(axes, labels, named=number % columns == 0)
+    return board.save(path, title(known), caption, x=x_name, note=note)
+
+
+def speedups(summary: pd.DataFrame, caption: str, path: Path) -> Plot | None:
+    """Speed against the fastest dense method with its interval and a line at 1; None without a dense one."""
+    known = summary[summary["x_best_dense"].notna()]
+    if known[~known["is_dense"]].empty:
+        return None
+    labels = _labels(known)
+    board, parts = _board(known, labels)
+    columns = 2 if len(parts) == 4 else min(3, len(parts))
+    for number, (axes, part) in enumerate(parts):
+        for _, line in part.iterrows():
+            style = look(line["method"], line["family"], dense=line["is_dense"])
+            at = labels.index(wording.series_label(line["method"], line["selection"]))
+            low, high = line["x_best_dense_ci_low"], line["x_best_dense_ci_high"]
+            if low == low:
+                axes.plot([low, high], [at, at], color=style.color, linewidth=1.8, marker="|", markersize=8)
+            marks = style.marks(linestyle="", markersize=6)
+            axes.plot([line["x_best_dense"]], [at], **{**marks, "marker": style.marker or "h"})
+            beside = axes.get_yaxis_transform()  # x in parts of the panel, y in data: a column at its right
+            axes.text(
+                1.015, at, wording.ratio(line["x_best_dense"]), transform=beside, va="center", fontsize=8
+            )
+        axes.axvline(1.0, color="black", linewidth=1.4)
+        ends = [*part["x_best_dense_ci_low"].dropna(), *part["x_best_dense_ci_high"].dropna()]
+        values = [1.0, *part["x_best_dense"], *ends]
+        room = 0.12 * (max(values) - min(values)) + 0.02
+        axes.set_xlim(min(values) - room, max(values) + room)
+        _rows_of(axes, labels, named=number % columns == 0)
+    one = line_handle(look("dense_compiled", "", dense=True))
+    board.legend(one, "1.0: the fastest dense method of the run")
+    return board.save(
+        path, speedup_title(known), caption, x="speed against the fastest dense method (x), more is better",
+        note=f"{ratio_note(known)}; whiskers: 95 % intervals. Axes do not start at zero; the line is 1.0.",
+    )  # fmt: skip

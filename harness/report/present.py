@@ -1,0 +1,177 @@
+"""Tables for people: the numbers of `harness.report.points` with units, sensible digits and plain column
+names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pandas as pd
+
+from harness.report import wording
+from harness.report.summary import failures
+
+# A column that is the same on every line of a table says nothing and is left out, except these.
+_ALWAYS = ("preset", "seq_len", "method", "selection", "k_pct")
+_DETAIL_CHARACTERS = 200
+
+_Cell = Callable[[pd.Series], str]
+
+
+def _keys(table: pd.DataFrame, names: tuple[str, ...]) -> dict[str, _Cell]:
+    """Columns that say which point a line is, leaving out those that never change."""
+    forms: dict[str, tuple[str, _Cell]] = {
+        "preset": ("model", lambda line: wording.cell_label(line)),
+        "shape": ("d / d_ffn", lambda line: f"{line['d_model']:.0f} / {line['d_ffn']:.0f}"),
+        "seq_len": ("seq_len", lambda line: f"{line['seq_len']:.0f}"),
+        "batch": ("batch", lambda line: f"{line['batch']:.0f}"),
+        "tokens": ("tokens/step", lambda line: f"{line['tokens']:,.0f}"),
+        "dtype": ("dtype", lambda line: str(line["dtype"])),
+        "timing_mode": ("timing", lambda line: str(line["timing_mode"])),
+        "train_tokens": ("trained on", lambda line: wording.tokens(line["train_tokens"])),
+        "vocab_size": ("vocabulary", lambda line: f"{line['vocab_size']:,.0f}"),
+        "lr": ("lr", lambda line: f"{line['lr']:g}"),
+        "data_id": ("data", lambda line: str(line["data_id"])[:8]),
+        "method": ("method", lambda line: str(line["method"])),
+        "selection": ("selection", lambda line: str(line["selection"] or wording.DASH)),
+        "k_pct": ("K %", lambda line: f"{line['k_pct']:.4g}"),
+        "seeds": ("seeds", lambda line: f"{line['seeds']:.0f}"),
+    }
+    columns = {}
+    for name in names:
+        changes = name == "shape" or table[name].nunique(dropna=False) > 1
+        if name in _ALWAYS or changes:
+            columns[forms[name][0]] = forms[name][1]
+    return columns
+
+
+def _build(table: pd.DataFrame, columns: dict[str, _Cell]) -> pd.DataFrame:
+    lines = [[form(line) for form in columns.values()] for _, line in table.iterrows()]
+    built = pd.DataFrame(lines, columns=list(columns))
+    empty = [name for name in built if (built[name].isin(["", wording.DASH])).all() and name != "selection"]
+    return built.drop(columns=empty)
+
+
+def _value(name: str, form: Callable[[float], str]) -> _Cell:
+    return lambda line: form(line[name])
+
+
+def _with_interval(name: str, form: Callable[[float], str]) -> _Cell:
+    """`12.3 (12.1-12.6)`, or just the value where no interval was measured."""
+
+    def cell(line: pd.Series) -> str:
+        low, high = line[f"{name}_ci_low"], line[f"{name}_ci_high"]
+        if line[name] != line[name] or low != low:
+            return form(line[name])
+        return f"{form(line[name])} ({form(low)}{wording.DASH}{form(high)})"
+
+    return cell
+
+
+def _digits(count: int) -> Callable[[float], str]:
+    return lambda value: wording.number(value, count)
+
+
+def _whole(value: float) -> str:
+    return wording.DASH if value != value else f"{value:,.0f}"
+
+
+def _signed(places: int) -> Callable[[float], str]:
+    return lambda value: wording.signed(value, places)
+
+
+def headline_for_people(headline: pd.DataFrame) -> pd.DataFrame:
+    """`harness.report.summary.headline_table` as text; columns that say nothing are left out."""
+    names = (
+        *("preset", "seq_len", "tokens", "batch", "dtype", "timing_mode", "train_tokens", "vocab_size", "lr"),
+        *("data_id", "method", "selection", "k_pct", "seeds"),
+    )
+    columns = _keys(headline, names)
+    columns |= {
+        "tokens/s": _value("tokens_per_s", _digits(4)),
+        "x best dense": _value("x_best_dense", wording.ratio),
+        "peak memory": _value("peak_memory_bytes", wording.size),
+        "saved bytes/token": _value("saved_bytes_per_token", _whole),
+        "perplexity": _value("perplexity", _digits(4)),
+        "bits/byte": _value("bits_per_byte", _digits(4)),
+        "untrained perplexity": _value("untrained_perplexity", _digits(4)),
+        "note": _note,
+    }
+    return _build(headline, columns)
+
+
+def workload_table(summary: pd.DataFrame) -> pd.DataFrame:
+    """Every measured point of one workload (lines of `harness.report.summary.summarise`), misaligned ones
+    flagged.
+    """
+    names = (
+        *("preset", "shape", "seq_len", "batch", "tokens", "dtype", "timing_mode", "train_tokens"),
+        *("vocab_size", "lr", "data_id", "method", "selection", "k_pct", "seeds"),
+    )
+    columns = _keys(summary, names)
+    columns |= {
+        "forward ms": _value("forward_ms", _digits(3)),
+        "backward ms": _value("backward_ms", _digits(3)),
+        "step ms": _with_interval("step_ms", _digits(3)),
+        "latency us": _with_interval("latency_us", _digits(3)),
+        "ms per token": _with_interval("latency_ms", _digits(3)),
+        "first token ms": _with_interval("time_to_first_token_ms", _digits(3)),
+        "tokens/s": _with_interval("tokens_per_s", _digits(4)),
+        "x best dense": _with_interval("x_best_dense", wording.ratio),
+        "peak memory": _value("peak_bytes", wording.size),
+        "transient peak": _value("transient_peak_bytes", wording.size),
+        "saved bytes/token": _value("saved_activation_bytes_per_token", _whole),
+        "loss (nats)": _with_interval("eval_loss_nats", _digits(4)),
+        "against dense (nats)": _value("loss_gap", _signed(3)),
+        "perplexity": _value("perplexity", _digits(4)),
+        "against dense (%)": _value("perplexity_change", _signed(1)),
+        "bits/byte": _value("bits_per_byte", _digits(4)),
+        "untrained perplexity": _value("untrained_perplexity", _digits(4)),
+        "tokens/parameter": _value("tokens_per_parameter", _digits(2)),
+        "% of roofline": _value("pct_of_roofline", _digits(3)),
+        "max rel. error": _value("max_rel_err", lambda v: wording.DASH if v != v else f"{v:.1e}"),
+        "logits error": _value("logits_rel_err", lambda v: wording.DASH if v != v else f"{v:.1e}"),
+        "overflow": _value("overflow_fraction", lambda v: wording.percent(100 * v)),
+        "compile s": _value("compile_s", _digits(2)),
+        "note": _note,
+    }
+    return _build(summary, columns)
+
+
+def _note(line: pd.Series) -> str:
+    notes = [name for name in ("misaligned", "unstable", "throttled", "unpaired") if line[name]]
+    return ", ".join(notes)
+
+
+def memory_formula_table(checked: pd.DataFrame) -> pd.DataFrame:
+    """The lines of `harness.report.memory_formula.memory_formula` with units and signs, for people."""
+    columns: dict[str, _Cell] = {
+        "model": lambda line: str(line["preset"]),
+        "seq_len": lambda line: f"{line['seq_len']:.0f}",
+        "method": lambda line: str(line["method"]),
+        "selection": lambda line: str(line["selection"] or wording.DASH),
+        "against": lambda line: str(line["against"]),
+        "measured peak": lambda line: wording.size(line["measured_bytes"]),
+        "by formula": lambda line: wording.size(line["predicted_bytes"]),
+        "error %": lambda line: wording.signed(100 * line["error"], 1),
+    }
+    return _build(checked, columns)
+
+
+def failure_table(points: pd.DataFrame) -> pd.DataFrame:
+    """The points without a measurement: which, how they ended and why (first characters of the reason)."""
+    failed = failures(points)
+    names = ("preset", "seq_len", "batch", "tokens", "dtype", "method", "selection", "k_pct")
+    columns = {"workload": lambda line: str(line["workload"]), **_keys(failed, names)}
+    columns |= {
+        "seed": lambda line: f"{line['seed']:.0f}",
+        "status": lambda line: str(line["status"]),
+        "reason": _reason,
+    }
+    return _build(failed, columns)
+
+
+def _reason(line: pd.Series) -> str:
+    detail = " ".join(str(line["detail"]).split()) if isinstance(line["detail"], str) else ""
+    cut = detail if len(detail) <= _DETAIL_CHARACTERS else detail[: _DETAIL_CHARACTERS - 3] + "..."
+    return cut or "no reason recorded"

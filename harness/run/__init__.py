@@ -1,0 +1,3 @@
+"""Where a point is run: the parent (`runner`, `local` or `ray`, `supervise`) and the child process (`trial`,
+`guard`).
+"""

@@ -1,0 +1,74 @@
+"""Studies of grids: a picture of the rows for the dashboard, drawn beside the measuring, never in its way."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from harness.search.storage import Storage, StorageError
+from harness.search.study import PartStudy
+from harness.store.files import RowStore
+from harness.store.leases import Claims
+from harness.store.rows import PointPlace
+from harness.sweep.model import Part, Sweep
+from harness.sweep.point import Point
+
+
+class Mirror:
+    """The studies of a sweep's grids, kept in step with rows that any worker writes.
+
+    One process at a time works on a study, or two runners would both show a point. A study that is lost is
+    made again by the first update.
+    """
+
+    def __init__(
+        self,
+        sweep: Sweep,
+        parts: Iterable[tuple[Part, list[Point]]],
+        store: RowStore,
+        storage: Storage,
+        claims: Claims,
+        device: str,
+    ) -> None:
+        """`parts` are every part of the sweep with its grid points, `device` is cpu or cuda."""
+        self._store = store
+        self._claims = claims
+        self._studies: list[tuple[PartStudy, dict[str, Point]]] = [
+            (PartStudy(sweep, part, storage, device, points), {point.key: point for point in points})
+            for part, points in parts
+            if part.optimize is None
+        ]
+        self._shown: dict[PointPlace, str] = {}
+
+    def update(self) -> bool:
+        """Show what has been begun and finished since; False if the studies' storage is away.
+
+        Then the next update shows it, here or in a later run: no row depends on a study.
+        """
+        try:
+            for study, points in self._studies:
+                with self._claims.alone(f"study:{study.name}"):
+                    # First the leases, then the rows: what is given back in between has its rows by then.
+                    held = self._claims.held()
+                    status = {at: new for at, new in self._store.finished().items() if at[1] in points}
+                    rows = self._news(status)
+                    study.sync(rows, [points[key] for key in points.keys() & (held | rows.keys())], held)
+                    study.fail_stale(lambda: held)  # noqa: B023 - called at once
+                    self._shown |= status
+        except (StorageError, OSError) as error:
+            logging.getLogger(__name__).warning("the study is behind: %s", error)
+            return False
+        return True
+
+    def _news(self, status: Mapping[PointPlace, str]) -> dict[str, list[dict[str, Any]]]:
+        """Rows by point key, of points whose outcome has not been shown before."""
+        rows: dict[str, list[dict[str, Any]]] = {}
+        for device_name in {device_name for device_name, _ in status}:
+            news = [
+                key
+                for (name, key), new in status.items()
+                if name == device_name and self._shown.get((name, key)) != new
+            ]
+            rows |= self._store.current(device_name, news)
+        return rows
