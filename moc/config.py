@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+MAX_D_FFN = 65534  # of the Triton kernels: two counts of channels share a 32-bit word
+
 
 @dataclass(frozen=True)
 class FfnShape:

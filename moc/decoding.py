@@ -30,10 +30,10 @@ class GreedyDecoder:
     a step consists of, such as `functools.partial(torch.compile, dynamic=False)`: start, one layer, and end.
     All layers are one compiled function, which compiles once instead of once per layer.
 
-    It lays wq, wk and wv of each layer side by side in memory (the model's parameters become views), so that
-    one product takes all three; they must keep their places while the decoder lives. Weights, cache and
-    activations have the dtype of `model.head`; gradients are never needed. Raises ValueError if `max_len`
-    exceeds the model's max_seq_len.
+    It places wq, wk and wv of each layer side by side in memory (the model's parameters become views), so
+    that one matrix product uses all three; do not move or replace them while the decoder is in use. Weights,
+    cache and activations have the dtype of `model.head`. There are no gradients. Raises ValueError if
+    `max_len` exceeds the model's max_seq_len.
     """
 
     def __init__(

@@ -1,5 +1,4 @@
-"""A LLaMA decoder that takes its feed-forward network as an argument, so that only this differs between
-methods.
+"""A LLaMA decoder that takes its feed-forward network as an argument, the only difference between methods.
 
 Pre-norm blocks with RMSNorm, rotary positions (Hugging Face's convention: halves of a head are rotated
 against each other), causal attention without biases, an untied head, and the chunked loss of `moc.ops.loss`.

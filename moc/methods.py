@@ -1,16 +1,16 @@
-"""The registry of methods: what a row of a comparison runs, and what it is able to run.
+"""The registry of methods: the ways to compute a feed-forward network that are compared.
 
-A method is a name of `METHODS` or `package.module:factory`, so that anybody's feed-forward network can be
-judged by the same rules without touching this package. The part after the colon names either
+A method is a name of `METHODS` or `package.module:factory`, so that a feed-forward network from outside can
+be compared by the same rules without a change of this package. The part after the colon names either
 
 - a `Method` (a module attribute), taken as it stands, or
 - a callable `factory(shape: FfnShape, selection: Selection | None) -> nn.Module`. The module maps
   x [..., d_model] to [..., d_model] and has the parameters `w_gate`, `w_up` and `w_down`, each [d_ffn,
-  d_model] (channel-major), which are filled with the same values as every rival's. Attributes of the factory
-  may say more: `takes_selection` (default False: it is dense as to selection, measured once and checked
-  against the dense reference; True: it must follow the selection rule and is checked against the
-  Mixture-of-Channels reference), `is_dense` (default False; True: an exact dense network, which may be the
-  baseline of a speed-up) and `compile` (default False).
+  d_model] (channel-major), which are filled with the same values as those of every other method. Attributes
+  of the factory may say more: `takes_selection` (default False: the selection is ignored, and the method is
+  measured once and checked against the dense reference; True: the method must follow the selection rule and
+  is checked against the Mixture-of-Channels reference), `is_dense` (default False; True: an exact dense
+  network, which may be the baseline of a speed-up) and `compile` (default False).
 """
 
 from __future__ import annotations
@@ -19,13 +19,16 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
 from moc.config import FfnShape, near_miss
+from moc.dtypes import BYTES, DECODE_DTYPES, KERNEL_DTYPES
 from moc.layers.dense import DenseFFN, DenseGuFFN, FusedFFN, LigerFFN, RecomputeFFN
 from moc.layers.fp8 import FP8_ROUNDOFF, Fp8FFN
-from moc.layers.int8 import Int8FFN, dense_int8_reference, moc_int8_ffn, moc_int8_reference
+from moc.layers.int8 import Int8FFN, dense_int8_reference, moc_int8_reference
 from moc.layers.moc import ActPruneFFN, MoCFFN, TritonMoCFFN
 from moc.ops.compact import n_words
 from moc.ops.triton_ffn import backward_scratch_bytes
@@ -35,10 +38,7 @@ from moc.reference import (
     dense_forward_backward,
     moc_forward_backward,
 )
-from moc.selection import Selection
-
-ALL_DTYPES = frozenset({"fp64", "fp32", "fp16", "bf16"})
-ALL_DEVICES = frozenset({"cpu", "cuda"})
+from moc.selection import Selection, required
 
 Reference = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, "Selection | None"], FfnGrads]
 
@@ -61,8 +61,8 @@ class Method:
     takes_selection: bool  # False: the selection of a point is ignored and the method measured once
     compile: bool  # goes through torch.compile on CUDA: the whole model, or the bare layer
     reference: Reference  # (x, w_gate, w_up, w_down, dy, selection) -> the truth it is checked against
-    dtypes: frozenset[str] = ALL_DTYPES
-    device_types: frozenset[str] = ALL_DEVICES
+    dtypes: frozenset[str] = frozenset(BYTES)
+    device_types: frozenset[str] = frozenset({"cpu", "cuda"})
     backward: bool = True  # can be trained
     decode: bool = True  # can generate token by token
     compile_mode: str | None = None  # of torch.compile; None: its default
@@ -128,20 +128,7 @@ def get_method(name: str) -> Method:
         )
     if not all(part.isidentifier() for part in (*module_name.split("."), attribute)):
         raise ValueError(f"method {name!r}: expected package.module:factory")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ValueError(f"method {name!r}: cannot import {module_name}: {error}") from error
-    factory = getattr(module, attribute, None)
-    if factory is None:
-        public = [
-            key
-            for key, value in vars(module).items()
-            if isinstance(value, Method) or (callable(value) and value.__module__ == module_name)
-        ]
-        raise ValueError(
-            f"method {name!r}: {module_name} has no {attribute!r}; {near_miss(attribute, public)}"
-        )
+    factory = _attribute(name, module_name, attribute)
     if isinstance(factory, Method):
         return factory
     if not callable(factory):
@@ -160,6 +147,25 @@ def get_method(name: str) -> Method:
     )
 
 
+def _attribute(name: str, module_name: str, attribute: str) -> object:
+    """The attribute of a module that the method `name` names. Raises ValueError as `get_method`."""
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ValueError(f"method {name!r}: cannot import {module_name}: {error}") from error
+    found: object = getattr(module, attribute, None)
+    if found is None:
+        public = [
+            key
+            for key, value in vars(module).items()
+            if isinstance(value, Method) or (callable(value) and value.__module__ == module_name)
+        ]
+        raise ValueError(
+            f"method {name!r}: {module_name} has no {attribute!r}; {near_miss(attribute, public)}"
+        )
+    return found
+
+
 def _dense_reference(
     x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, dy: Tensor, _selection: Selection | None
 ) -> FfnGrads:
@@ -169,19 +175,18 @@ def _dense_reference(
 def _moc_reference(
     x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, dy: Tensor, selection: Selection | None
 ) -> FfnGrads:
-    return moc_forward_backward(x, w_gate, w_up, w_down, dy, _required(selection))
+    return moc_forward_backward(x, w_gate, w_up, w_down, dy, required(selection))
 
 
 def _act_prune_reference(
     x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, dy: Tensor, selection: Selection | None
 ) -> FfnGrads:
-    return act_prune_forward_backward(x, w_gate, w_up, w_down, dy, _required(selection))
+    return act_prune_forward_backward(x, w_gate, w_up, w_down, dy, required(selection))
 
 
-def _required(selection: Selection | None) -> Selection:
-    if selection is None:
-        raise ValueError("this method needs a selection, such as topk:0.1875")
-    return selection
+def _dense_bytes(tensors: int) -> Callable[[FfnShape, int, int], float]:
+    """Saved bytes per token of x and so many tensors [T, d_ffn]."""
+    return lambda shape, _k, itemsize: (shape.d_model + tensors * shape.d_ffn) * itemsize
 
 
 def _compact_fp8_bytes(shape: FfnShape, k: int, itemsize: int) -> float:
@@ -193,158 +198,78 @@ def _compact_bytes(shape: FfnShape, k: int, itemsize: int) -> float:
     return (shape.d_model + 2 * k) * itemsize + 4 * n_words(shape.d_ffn)
 
 
+# The reason that `generate` refuses a method.
 _NOT_COMPILED = "its layers are not compiled, so its whole model would run eagerly beside compiled ones"
+
+
+def _dense(name: str, layer: Callable[[FfnShape], nn.Module], **fields: Any) -> Method:
+    """A method without selection: exact dense SwiGLU and compiled, unless `fields` say otherwise."""
+    defaults: dict[str, Any] = {"is_dense": True, "compile": True, "reference": _dense_reference}
+    return Method(name, lambda shape, _: layer(shape), takes_selection=False, **(defaults | fields))
+
+
+def _moc(name: str, layer: Callable[[FfnShape, Selection], nn.Module], **fields: Any) -> Method:
+    """A method with a selection: Mixture-of-Channels and compiled, unless `fields` say otherwise."""
+    defaults: dict[str, Any] = {"is_dense": False, "compile": True, "reference": _moc_reference}
+    return Method(
+        name, lambda shape, rule: layer(shape, required(rule)), takes_selection=True, **(defaults | fields)
+    )
+
+
+_CUDA = frozenset({"cuda"})
+_ON_TRITON: dict[str, Any] = {
+    "dtypes": frozenset(KERNEL_DTYPES),
+    "device_types": _CUDA,
+    "scratch_bytes": backward_scratch_bytes,
+    "keeps_casts": False,
+}
+_INT8: dict[str, Any] = {
+    "is_dense": False,  # its weights are rounded, so it is no exact dense baseline
+    "compile": False,  # a compiled layer would not see that its int8 weights are out of date
+    "dtypes": frozenset(DECODE_DTYPES),
+    "device_types": _CUDA,
+    "backward": False,
+    "row_bytes": _int8_row_bytes,
+    "generate_refusal": _NOT_COMPILED,
+}
 
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method(
-            name="dense",
-            make=lambda shape, _selection: DenseFFN(shape),
-            is_dense=True,
-            takes_selection=False,
+        _dense("dense", DenseFFN, compile=False, saved_bytes_per_token=_dense_bytes(4)),
+        # Only on CUDA: elsewhere nothing is compiled, so it would be `dense` again.
+        _dense("dense_compiled", DenseFFN, device_types=_CUDA),
+        _dense("dense_autotuned", DenseFFN, device_types=_CUDA, compile_mode="max-autotune-no-cudagraphs"),
+        _dense("dense_fused", FusedFFN, device_types=_CUDA),
+        _dense(
+            "dense_liger",
+            LigerFFN,
             compile=False,
-            reference=_dense_reference,
-            saved_bytes_per_token=lambda shape, _k, size: (shape.d_model + 4 * shape.d_ffn) * size,
-        ),
-        Method(
-            name="dense_compiled",
-            make=lambda shape, _selection: DenseFFN(shape),
-            is_dense=True,
-            takes_selection=False,
-            compile=True,
-            reference=_dense_reference,
-            device_types=frozenset({"cuda"}),  # elsewhere nothing is compiled, so it would be `dense` again
-        ),
-        Method(
-            name="dense_autotuned",
-            make=lambda shape, _selection: DenseFFN(shape),
-            is_dense=True,
-            takes_selection=False,
-            compile=True,
-            compile_mode="max-autotune-no-cudagraphs",
-            reference=_dense_reference,
-            device_types=frozenset({"cuda"}),
-        ),
-        Method(
-            name="dense_fused",
-            make=lambda shape, _selection: FusedFFN(shape),
-            is_dense=True,
-            takes_selection=False,
-            compile=True,
-            reference=_dense_reference,
-            device_types=frozenset({"cuda"}),
-        ),
-        Method(
-            name="dense_liger",
-            make=lambda shape, _selection: LigerFFN(shape),
-            is_dense=True,
-            takes_selection=False,
-            compile=False,
-            reference=_dense_reference,
-            dtypes=frozenset({"fp32", "fp16", "bf16"}),
-            device_types=frozenset({"cuda"}),
+            dtypes=frozenset(KERNEL_DTYPES),
+            device_types=_CUDA,
             requires="liger_kernel",
-            saved_bytes_per_token=lambda shape, _k, size: (shape.d_model + 3 * shape.d_ffn) * size,
+            saved_bytes_per_token=_dense_bytes(3),
         ),
-        Method(
-            name="dense_fp8",
-            make=lambda shape, _selection: Fp8FFN(shape),
+        _dense(
+            "dense_fp8",
+            Fp8FFN,
             is_dense=False,  # its gradients are rounded, so it is no exact dense baseline
-            takes_selection=False,
-            compile=True,
-            reference=_dense_reference,
             kept_roundoff=FP8_ROUNDOFF,
             saved_bytes_per_token=lambda shape, _k, size: shape.d_model * size + 2 * (shape.d_ffn + 4),
         ),
-        Method(
-            name="dense_recompute",
-            make=lambda shape, _selection: RecomputeFFN(shape),
-            is_dense=True,
-            takes_selection=False,
-            compile=True,
-            reference=_dense_reference,
-            saved_bytes_per_token=lambda shape, _k, size: shape.d_model * size,
-        ),
-        Method(
-            name="dense_gu",
-            make=lambda shape, _selection: DenseGuFFN(shape),
-            is_dense=True,
-            takes_selection=False,
-            compile=True,
-            reference=_dense_reference,
-            saved_bytes_per_token=lambda shape, _k, size: (shape.d_model + 2 * shape.d_ffn) * size,
-        ),
-        Method(
-            name="moc",
-            make=lambda shape, selection: TritonMoCFFN(shape, _required(selection)),
-            is_dense=False,
-            takes_selection=True,
-            compile=True,
-            reference=_moc_reference,
-            dtypes=frozenset({"fp32", "fp16", "bf16"}),
-            device_types=frozenset({"cuda"}),
-            saved_bytes_per_token=_compact_bytes,
-            scratch_bytes=backward_scratch_bytes,
-            keeps_casts=False,
-        ),
-        Method(
-            name="moc_fp8",
-            make=lambda shape, selection: TritonMoCFFN(shape, _required(selection), fp8=True),
-            is_dense=False,
-            takes_selection=True,
-            compile=True,
-            reference=_moc_reference,
-            dtypes=frozenset({"fp32", "fp16", "bf16"}),
-            device_types=frozenset({"cuda"}),
+        _dense("dense_recompute", RecomputeFFN, saved_bytes_per_token=_dense_bytes(0)),
+        _dense("dense_gu", DenseGuFFN, saved_bytes_per_token=_dense_bytes(2)),
+        _moc("moc", TritonMoCFFN, saved_bytes_per_token=_compact_bytes, **_ON_TRITON),
+        _moc(
+            "moc_fp8",
+            partial(TritonMoCFFN, fp8=True),
             kept_roundoff=FP8_ROUNDOFF,
             saved_bytes_per_token=_compact_fp8_bytes,
-            scratch_bytes=backward_scratch_bytes,
-            keeps_casts=False,
+            **_ON_TRITON,
         ),
-        Method(
-            name="moc_reference",
-            make=lambda shape, selection: MoCFFN(shape, _required(selection)),
-            is_dense=False,
-            takes_selection=True,
-            compile=True,
-            reference=_moc_reference,
-            saved_bytes_per_token=_compact_bytes,
-        ),
-        Method(
-            name="act_prune",
-            make=lambda shape, selection: ActPruneFFN(shape, _required(selection)),
-            is_dense=False,
-            takes_selection=True,
-            compile=True,
-            reference=_act_prune_reference,
-            saved_bytes_per_token=_compact_bytes,
-        ),
-        Method(
-            name="dense_int8",
-            make=lambda shape, _selection: Int8FFN(shape),
-            is_dense=False,  # its weights are rounded, so it is no exact dense baseline
-            takes_selection=False,
-            compile=False,  # a compiled layer would not see that its int8 weights are out of date
-            reference=dense_int8_reference,
-            dtypes=frozenset({"fp16", "bf16"}),
-            device_types=frozenset({"cuda"}),
-            backward=False,
-            row_bytes=_int8_row_bytes,
-            generate_refusal=_NOT_COMPILED,
-        ),
-        Method(
-            name="moc_int8",
-            make=moc_int8_ffn,
-            is_dense=False,
-            takes_selection=True,
-            compile=False,
-            reference=moc_int8_reference,
-            dtypes=frozenset({"fp16", "bf16"}),
-            device_types=frozenset({"cuda"}),
-            backward=False,
-            row_bytes=_int8_row_bytes,
-            generate_refusal=_NOT_COMPILED,
-        ),
+        _moc("moc_reference", MoCFFN, saved_bytes_per_token=_compact_bytes),
+        _moc("act_prune", ActPruneFFN, reference=_act_prune_reference, saved_bytes_per_token=_compact_bytes),
+        _dense("dense_int8", Int8FFN, reference=dense_int8_reference, **_INT8),
+        _moc("moc_int8", Int8FFN, reference=moc_int8_reference, **_INT8),
     )
 }

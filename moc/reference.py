@@ -1,10 +1,9 @@
-"""The truth: dense and Mixture-of-Channels feed-forward networks in plain PyTorch, slow and obvious.
+"""Reference: dense and Mixture-of-Channels feed-forward networks in plain PyTorch, slow and obvious.
 
 Every function accepts any float dtype and computes in float64. Only one thing depends on the dtype of the
-inputs: channels are chosen from gates *rounded to the dtype of x*, because that is what an implementation in
-that dtype sees. So calling these functions with bf16 tensors gives the float64 truth of a bf16
-implementation, without the swapped channels that two nearly equal gates would otherwise cause; do not upcast
-before calling.
+inputs: channels are selected by gates *rounded to the dtype of x*, as in an implementation in that dtype. So
+with bf16 tensors these functions give the float64 reference of a bf16 implementation, and nearly equal gates
+do not lead to different channels. Do not upcast before calling.
 
 Notation (arXiv 2511.09323, section 3): x [T, d]; w_gate, w_up, w_down [d_ffn, d], all channel-major.
 

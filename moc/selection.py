@@ -115,6 +115,13 @@ class Selection:
         return float(struct.unpack("f", struct.pack("f", self.threshold))[0])
 
 
+def required(selection: Selection | None) -> Selection:
+    """The selection, for a method that cannot do without. Raises ValueError if it is None."""
+    if selection is None:
+        raise ValueError("this method needs a selection, such as topk:0.1875")
+    return selection
+
+
 @functools.cache
 def parse_selection(text: str) -> Selection:
     """The rule written as `text`; forms in the module's docstring.

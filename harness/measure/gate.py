@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from harness.measure import gate_data
 from harness.measure.ffn import WEIGHTS, FfnTensors, natural_tensors
 from moc.config import FfnShape
-from moc.reference import FfnGrads
+from moc.methods import Reference
 from moc.selection import Selection
 
 TOLERANCE: dict[torch.dtype, float] = {
@@ -50,8 +50,6 @@ TOLERANCE: dict[torch.dtype, float] = {
 # grew with d_ffn; by columns it stays at 0.01.
 ELEMENT_TOLERANCE = 0.25
 NAMES = ("y", "dx", "dw_gate", "dw_up", "dw_down")
-
-Reference = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, "Selection | None"], FfnGrads]
 
 
 @dataclass(frozen=True)

@@ -17,15 +17,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from harness.measure.environment import device_name, environment_record, gpu_identity
 from harness.measure.ffn import DTYPES
-from harness.measure.launch import Contender
-from harness.measure.timing import TimingSettings, time_paired
+from harness.measure.timing import TimingSettings, median_ms
 from moc.config import FfnShape
 from moc.methods import Method
 from moc.selection import Selection
@@ -144,20 +142,18 @@ def measure_ceilings(device: torch.device) -> Ceilings:
     """Measure copy bandwidth and GEMM rates (random data) now; some seconds on a GPU, one or two on a CPU."""
     generator = torch.Generator(device).manual_seed(0)
 
-    def median_ms(call: Callable[[], object]) -> float:
-        settings = _CEILING_TIMING[device.type]
-        times = time_paired([Contender("ceiling", call)], settings, device, "launch_cold")
-        return float(np.median(times.samples["ceiling"]))
+    def milliseconds(call: Callable[[], object]) -> float:
+        return median_ms(call, device, _CEILING_TIMING[device.type], "launch_cold")
 
     def copy_rate(size: int) -> float:
         source = torch.randn(size // 4, device=device, generator=generator)
         target = torch.empty_like(source)
-        return 2.0 * size / (median_ms(lambda: target.copy_(source)) / 1e3)
+        return 2.0 * size / (milliseconds(lambda: target.copy_(source)) / 1e3)
 
     def gemm_rate(n: int, dtype: torch.dtype) -> float:
         a, b = (torch.randn(n, n, device=device, generator=generator).to(dtype) for _ in range(2))
         out = torch.empty(n, n, device=device, dtype=dtype)
-        return 2.0 * n**3 / (median_ms(lambda: torch.mm(a, b, out=out)) / 1e3)
+        return 2.0 * n**3 / (milliseconds(lambda: torch.mm(a, b, out=out)) / 1e3)
 
     return Ceilings(
         copy_bytes_per_s=copy_rate(_COPY_BYTES[device.type]),
@@ -175,14 +171,20 @@ def stored_ceilings(device: torch.device) -> Ceilings | None:
 
 
 def ensure_ceilings(device: torch.device) -> Ceilings:
-    """The stored ceilings, measured and stored with the environment first if there are none.
+    """The stored ceilings, measured and stored first if there are none.
 
     Where the cache folder cannot be written they are measured each time.
     """
     known = stored_ceilings(device)
-    if known is not None:
-        return known
-    ceilings = measure_ceilings(device)
+    if known is None:
+        known = measure_ceilings(device)
+        with contextlib.suppress(OSError):
+            store_ceilings(device, known)
+    return known
+
+
+def store_ceilings(device: torch.device, ceilings: Ceilings) -> None:
+    """Keep them, with the environment, in the cache folder. Raises OSError where it cannot be written."""
     path = _ceilings_path(device)
     record = {
         **asdict(ceilings),
@@ -190,11 +192,9 @@ def ensure_ceilings(device: torch.device) -> Ceilings:
         "environment": environment_record(device.type),
     }
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    return ceilings
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
 
 
 def _ceilings_path(device: torch.device) -> Path:

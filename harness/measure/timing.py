@@ -94,6 +94,14 @@ def time_paired(
     return replace(times, notes=(*notes, *held_up))
 
 
+def median_ms(
+    call: Callable[[], object], device: torch.device, settings: TimingSettings, mode: str = "auto"
+) -> float:
+    """Median milliseconds of one call that is compared with nothing. Raises as `time_paired`."""
+    times = time_paired([Contender("call", call)], settings, device, mode)
+    return float(np.median(times.samples["call"]))
+
+
 def open_sampler(
     contenders: Sequence[Contender],
     device: torch.device,

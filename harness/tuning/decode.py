@@ -3,35 +3,34 @@
     python -m harness.tuning.decode OUT.jsonl [--shapes 1b,7b,70b] [--tokens 1,4,16] [--seconds 120]
 
 Every candidate is compiled and checked against the reference in parallel processes; those that are right are
-timed, then the changes to today's layout that helped alone are tried together. Weights rotate: one CUDA graph
-holds a step with each of so many copies that what a step reads is four times the L2 cache in all. Times are
-medians of replays, per step. Beside them stands the dense network by cuBLAS, gate and up in one product, in
-a graph of the same kind. One line of JSON per measurement goes to OUT.jsonl, a table to the terminal.
+timed, then the changes to today's layout that helped alone are tried together. Weights rotate: a call is one
+step with each of so many copies that what a step reads is four times the L2 cache in all. Times are medians,
+per step. The dense network by cuBLAS, gate and up in one product or two, is timed in the same way. One line
+of JSON per measurement goes to OUT.jsonl, a table to the terminal.
 
-It decides: `decode_tiling` of decode_launch.py, and `most_tokens` of decode_ops.py: the rows "gemm" are the
-path a layer takes above it.
+It decides: `decode_tiling` of moc/kernels/decode_launch.py, and `most_tokens` of moc/ops/decode.py: the rows
+"gemm" are what a layer runs for more tokens.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+import typer
 from torch import Tensor
 
+from harness.measure.launch import rotated_copies
 from harness.tuning.layouts import layouts
+from harness.tuning.trials import DEVICE, DTYPE, Row, check_all, compiled_to, failure, milliseconds, written
 from moc.kernels import decode
 from moc.kernels.decode_launch import DecodeTiling, Rows, decode_pass
 from moc.layers.int8 import dequantize_rows, quantize_rows
@@ -46,9 +45,7 @@ SHAPES = {  # d, d_ffn
     "70b": (8192, 28672),
 }
 RULES = ("nm:2:8", "nm:12:64", "topk:0.1875", "dense")
-DTYPE, DEVICE = torch.bfloat16, "cuda"
 CHECKED_D = 2048  # width the candidates are checked at; they are not compiled for it
-REPLAYS = 15
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,7 @@ class Candidate:
         return None if self.rule == "dense" else parse_selection(self.rule)
 
 
-def check(candidate: Candidate) -> dict[str, Any]:
+def check(candidate: Candidate) -> Row:
     """Compile a candidate and compare it with the reference, on gates that are exact and full of ties."""
     torch.manual_seed(0)
     size = (candidate.d_ffn, CHECKED_D)
@@ -89,30 +86,8 @@ def check(candidate: Candidate) -> dict[str, Any]:
         else:
             expected = moc_forward(x, w_gate, w_up, w_down, selection)
         errors.append(float((y.double() - expected).norm() / expected.norm()))
-    compiled = next(
-        reversed(decode.decode_channels_kernel.device_caches[torch.cuda.current_device()][0].values())
-    )
     worst = max(errors) if all(error == error for error in errors) else math.inf
-    return {"error": worst, "registers": compiled.n_regs, "spills": compiled.n_spills}
-
-
-def _checked(candidate: Candidate) -> dict[str, Any]:
-    try:
-        return check(candidate)
-    except Exception as error:  # that a variant does not compile or run is a result
-        return {"error": math.inf, "message": f"{type(error).__name__}: {error}"[-400:]}
-
-
-def check_all(candidates: Sequence[Candidate], processes: int) -> dict[Candidate, dict[str, Any]]:
-    """`check` of each, in parallel; what a broken neighbour may have spoilt runs again in a fresh process."""
-    context = get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context) as pool:
-        found = dict(zip(candidates, pool.map(_checked, candidates), strict=True))
-    again = [c for c in candidates if "CUDA error" in found[c].get("message", "")]
-    if again:
-        with ProcessPoolExecutor(processes, mp_context=context, max_tasks_per_child=1) as pool:
-            found |= dict(zip(again, pool.map(_checked, again), strict=True))
-    return found
+    return {"error": worst, **compiled_to(decode.decode_channels_kernel)}
 
 
 def int8_rows(weights: Sequence[Tensor]) -> Rows:
@@ -123,14 +98,13 @@ def int8_rows(weights: Sequence[Tensor]) -> Rows:
 
 
 class Copies:
-    """So many copies of a shape's weights that a step's share of them fills four times the L2 cache."""
+    """Copies of a shape's weights, enough for every step to read rows that are in no cache."""
 
     def __init__(self, d: int, d_ffn: int, int8: bool) -> None:
         bytes_each = 3 * d * d_ffn * (1 if int8 else 2)
-        self.cache = 4 * torch.cuda.get_device_properties(DEVICE).L2_cache_size
         self.d, self.d_ffn, self.int8 = d, d_ffn, int8
         self.rows = []
-        for _ in range(2 + math.ceil(self.cache / (0.4 * bytes_each))):
+        for _ in range(1 + rotated_copies(0.4 * bytes_each, DEVICE)):
             size = (d_ffn, d)
             weights = [torch.randn(size, device=DEVICE, dtype=DTYPE) / d**0.5 for _ in range(3)]
             if int8:
@@ -149,28 +123,14 @@ class Copies:
         return (self.d_ffn + 2 * kept) * self.d * (1 if self.int8 else 2)
 
     def microseconds(self, step: Callable[[Rows], object], step_bytes: float) -> float:
-        """Median time of a step, by replays of a graph over the copies."""
-        used = self.rows[: 1 + math.ceil(self.cache / step_bytes)]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for rows in used[:2]:
-                step(rows)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        """Median time of a step."""
+        used = self.rows[: rotated_copies(step_bytes, DEVICE)]
+
+        def steps() -> None:
             for rows in used:
                 step(rows)
-        for _ in range(2):
-            graph.replay()
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(REPLAYS + 1)]
-        for event in events[:-1]:
-            event.record()
-            graph.replay()
-        events[-1].record()
-        torch.cuda.synchronize()
-        times = [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
-        return 1e3 * statistics.median(times) / len(used)
+
+        return 1e3 * milliseconds(steps, "graph_rotated", len(used))
 
 
 def dense_step(x: Tensor, joined: bool) -> Callable[[Rows], Tensor]:
@@ -189,7 +149,7 @@ def dense_step(x: Tensor, joined: bool) -> Callable[[Rows], Tensor]:
 
 @dataclass(frozen=True)
 class Group:
-    """What competes: layouts for one shape, kind of weights, rule and number of tokens."""
+    """What is compared: layouts for one shape, kind of weights, rule and number of tokens."""
 
     shape: str
     int8: bool
@@ -200,7 +160,7 @@ class Group:
         """One of them."""
         return Candidate(self.rule, SHAPES[self.shape][1], self.tokens > 1, self.int8, tiling)
 
-    def row(self, kind: str, **values: Any) -> dict[str, Any]:
+    def row(self, kind: str, **values: Any) -> Row:
         """A row of results."""
         weights = "int8" if self.int8 else "bf16"
         return {
@@ -212,9 +172,7 @@ class Group:
 Tilings = dict[Group, list[DecodeTiling]]
 
 
-def time_all(
-    tilings: Tilings, checked: dict[Candidate, Any], kind: str, end: float
-) -> Iterator[dict[str, Any]]:
+def time_all(tilings: Tilings, checked: dict[Candidate, Any], kind: str, end: float) -> Iterator[Row]:
     """A row for each layout, shape by shape, until the time `end`; wrong ones are rows without a time."""
     for shape, int8 in dict.fromkeys((group.shape, group.int8) for group in tilings):
         copies = Copies(*SHAPES[shape], int8)
@@ -232,7 +190,7 @@ def time_all(
                     row |= _timed(copies, rows_step(x, candidate), step_bytes)
                 yield row
             if kind == "rows" and not int8:
-                yield from time_rivals(copies, group, x)
+                yield from time_others(copies, group, x)
         del copies
         torch.cuda.empty_cache()
 
@@ -245,8 +203,8 @@ def rows_step(x: Tensor, candidate: Candidate) -> Callable[[Rows], object]:
     return lambda rows: decode_pass(x, rows, selection, y, given, candidate.tiling)
 
 
-def time_rivals(copies: Copies, group: Group, x: Tensor) -> Iterator[dict[str, Any]]:
-    """Rows of what is not a layout: the dense network by cuBLAS, and the path for more tokens."""
+def time_others(copies: Copies, group: Group, x: Tensor) -> Iterator[Row]:
+    """Rows of what is not a layout: the dense network by cuBLAS, and what a layer runs for more tokens."""
     step_bytes = 6.0 * copies.d * copies.d_ffn
     if group.rule == "dense":
         for joined in (False, True):
@@ -261,15 +219,15 @@ def time_rivals(copies: Copies, group: Group, x: Tensor) -> Iterator[dict[str, A
     yield group.row("gemm", **_timed(copies, gemm, step_bytes))
 
 
-def _timed(copies: Copies, step: Callable[[Rows], object], step_bytes: float) -> dict[str, Any]:
+def _timed(copies: Copies, step: Callable[[Rows], object], step_bytes: float) -> Row:
     try:
         us = copies.microseconds(step, step_bytes)
-    except Exception as error:  # as in _checked
-        return {"message": f"{type(error).__name__}: {error}"[-400:]}
+    except Exception as error:  # whatever a variant raises, see `failure`
+        return {"message": failure(error)}
     return {"us": us, "gb_s": step_bytes / us / 1e3}
 
 
-def combined(tilings: Tilings, rows: list[dict[str, Any]]) -> Tilings:
+def combined(tilings: Tilings, rows: list[Row]) -> Tilings:
     """Today's layouts with what helped alone by 1 % or more: the best two changes, the best three, all."""
     found: Tilings = {}
     for group, tried in tilings.items():
@@ -294,34 +252,28 @@ def combined(tilings: Tilings, rows: list[dict[str, Any]]) -> Tilings:
     return found
 
 
-def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def measure(groups: Sequence[Group], processes: int, seconds: float) -> Iterator[Row]:
     """Everything, while there is time."""
     start = time.monotonic()
-    end = start + options.seconds
-    tilings: Tilings = {}
-    for shape, int8, tokens, rule in itertools.product(
-        options.shapes.split(","), (False, True), options.tokens.split(","), options.rules.split(",")
-    ):
-        if not int8 or not (options.no_int8 or rule == "nm:12:64"):
-            group = Group(shape, int8, rule, int(tokens))
-            tilings[group] = layouts(rule, SHAPES[shape][1], group.tokens > 1)
+    end = start + seconds
+    tilings = {group: layouts(group.rule, SHAPES[group.shape][1], group.tokens > 1) for group in groups}
     rows = []
-    for row in _phase("rows", tilings, options.processes, start, end):
+    for row in _phase("rows", tilings, processes, start, end):
         rows.append(row)
         yield row
-    yield from _phase("combined", combined(tilings, rows), options.processes, start, end)
+    yield from _phase("combined", combined(tilings, rows), processes, start, end)
 
 
-def _phase(kind: str, tilings: Tilings, processes: int, start: float, end: float) -> Iterator[dict[str, Any]]:
+def _phase(kind: str, tilings: Tilings, processes: int, start: float, end: float) -> Iterator[Row]:
     candidates = list(dict.fromkeys(g.candidate(t) for g, found in tilings.items() for t in found))
     if candidates and time.monotonic() < end:
-        checked = check_all(candidates, processes)
+        checked = check_all(check, candidates, processes)
         seconds = time.monotonic() - start
         print(f"{len(candidates)} layouts ({kind}) compiled and checked by {seconds:.0f} s", flush=True)
         yield from time_all(tilings, checked, kind, end)
 
 
-def report(rows: list[dict[str, Any]], shown: int) -> None:
+def report(rows: list[Row], shown: int) -> None:
     """Print each group's fastest layouts, today's, wrong ones, and what the dense network takes."""
     dense: dict[tuple[str, int], float] = {}
     for row in rows:
@@ -353,30 +305,30 @@ def _short(value: object) -> str:
     return ",".join(str(int(v)) for v in value.values()) if isinstance(value, dict) else str(value)
 
 
-def main() -> None:
-    """Run everything and write it down as it comes."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--shapes", default="1b,7b,70b", help="of " + ", ".join(SHAPES))
-    parser.add_argument("--rules", default=",".join(RULES))
-    parser.add_argument("--tokens", default="1,4,16")
-    parser.add_argument("--no-int8", action="store_true")
-    parser.add_argument("--seconds", type=float, default=180.0, help="start nothing after this long")
-    parser.add_argument("--processes", type=int, default=16, help="that compile and check")
-    parser.add_argument("--shown", type=int, default=5, help="layouts of each group that are printed")
-    options = parser.parse_args()
-    rows = []
+def main(
+    out: Annotated[Path, typer.Argument(help="where the measurements go, a line of JSON each")],
+    shapes: Annotated[str, typer.Option(help="of " + ", ".join(SHAPES))] = "1b,7b,70b",
+    rules: str = ",".join(RULES),
+    tokens: str = "1,4,16",
+    int8: Annotated[bool, typer.Option(help="also int8 weights, of every rule but nm:12:64")] = True,
+    seconds: Annotated[float, typer.Option(help="start nothing after this long")] = 180.0,
+    processes: Annotated[int, typer.Option(help="that compile and check")] = 16,
+    shown: Annotated[int, typer.Option(help="layouts of each group that are printed")] = 5,
+) -> None:
+    """Which layout of the decoding kernels is fastest on this GPU, and for up to how many tokens."""
+    groups = [
+        Group(shape, narrow, rule, int(count))
+        for shape, narrow, count, rule in itertools.product(
+            shapes.split(","), (False, True), tokens.split(","), rules.split(",")
+        )
+        if not narrow or (int8 and rule != "nm:12:64")
+    ]
+    rows: list[Row] = []
     try:
-        with options.out.open("w") as out:
-            for row in measure(options):
-                rows.append(row)
-                out.write(json.dumps(row) + "\n")
-                out.flush()
+        rows.extend(written(measure(groups, processes, seconds), out))
     finally:
-        report(rows, options.shown)
+        report(rows, shown)
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

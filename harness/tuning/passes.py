@@ -4,42 +4,38 @@
 
 Every candidate is compiled and checked against the reference in parallel processes; those that are right are
 timed. With the fastest ones a whole forward and backward is timed for several chunk lengths, beside its GEMMs
-alone and a compiled dense network. One line of JSON per measurement goes to OUT.jsonl, a table to the
-terminal.
+alone and the compiled method `dense_fused`. One line of JSON per measurement goes to OUT.jsonl, a table to
+the terminal. Times are medians, each call a CUDA graph that finds the L2 cache flushed.
 
-It decides: `select_tiling` and `EXPAND_TILING` of passes.py; the chunk bytes of moc/ops/triton_ffn.py; and
-from the rows "gemms" what joining w_gate and w_up is worth.
-
-A pass is timed over buffers several times the L2 cache, a step as the replay of a CUDA graph; both are
-medians of CUDA-event times of launches in a row.
+It decides: `select_tiling` and `EXPAND_TILING` of moc/kernels/passes.py; the chunk bytes of
+moc/ops/triton_ffn.py; and from the rows "gemms" what joining w_gate and w_up is worth.
 """
 
 from __future__ import annotations
 
-import argparse
-import functools
 import itertools
-import json
 import math
-import statistics
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+import typer
+from torch import Tensor
 
+from harness.measure.ffn import FfnTensors, TrainingCalls, ffn_weights, natural_tensors
+from harness.measure.roofline import ensure_ceilings
+from harness.tuning.trials import DEVICE, DTYPE, Row, check_all, compiled_to, milliseconds, written
 from moc.config import FfnShape
 from moc.kernels import passes
 from moc.kernels.passes import EXPAND_TILING, Kept, Tiling, expand_pass, select_pass, select_tiling
-from moc.layers.moc import TritonMoCFFN
-from moc.ops import triton_ffn as ffn_ops
+from moc.layers.dense import FusedFFN
 from moc.ops.compact import n_words, unpack_bitmask
+from moc.ops.inputs import place_side_by_side
+from moc.ops.triton_ffn import Chunking, Layout, backward_in_chunks, forward_in_chunks
 from moc.reference import select_mask
 from moc.selection import parse_selection
 
@@ -51,8 +47,6 @@ SHAPES = {  # tokens, d, d_ffn
 }
 RULES = ("topk:0.1875", "nm:2:8", "nm:12:64")
 CHUNK_MB = (32, 64, 96, 192, 4096)  # the last: one chunk
-DTYPE, DEVICE = torch.bfloat16, "cuda"
-COPY_BYTES_PER_MS = 3.0e9  # read plus written, of one H100: the floor printed beside each pass
 
 
 @dataclass(frozen=True)
@@ -67,7 +61,7 @@ class Candidate:
 
     @property
     def group(self) -> tuple[str, str, int, bool]:
-        """What it competes with."""
+        """What it is compared with."""
         return self.kind, self.rule, self.d_ffn, self.fp8
 
 
@@ -128,14 +122,14 @@ class Rows:
             pairs *= self.kept.scales[:, None, :].double()
         return pairs.flatten(0, 1)
 
-    def floor_ms(self) -> float:
-        """Time of a copy that moves the bytes that a launch must read and write."""
+    def least_bytes(self) -> int:
+        """What a launch must read and write."""
         kept = (t.nbytes for t in (self.kept.pairs, self.kept.bitmask, self.kept.scales) if t is not None)
         full = (3 if self.candidate.kind == "select" else 4) * self.z.nbytes
-        return (sum(kept) + full) / COPY_BYTES_PER_MS
+        return sum(kept) + full
 
 
-def check(candidate: Candidate, n_tokens: int = 200) -> dict[str, Any]:
+def check(candidate: Candidate, n_tokens: int = 200) -> Row:
     """Compile a candidate, compare some rows of it with the reference, and say what it compiled to."""
     torch.manual_seed(0)
     rows = Rows(candidate, n_tokens)
@@ -159,47 +153,12 @@ def check(candidate: Candidate, n_tokens: int = 200) -> dict[str, Any]:
         rows.launch()
         errors = [_error(rows.z, z), _error(rows.g, dg), _error(rows.u, du)]
     kernel = passes.select_fwd_kernel if candidate.kind == "select" else passes.expand_bwd_kernel
-    compiled = next(reversed(kernel.device_caches[torch.cuda.current_device()][0].values()))
-    return {"error": max(errors), "registers": compiled.n_regs, "spills": compiled.n_spills}
+    return {"error": max(errors), **compiled_to(kernel)}
 
 
 def _error(actual: Tensor, expected: Tensor) -> float:
     expected = expected.detach().double()
     return float((actual.double() - expected).norm() / expected.norm())
-
-
-def _checked(candidate: Candidate) -> dict[str, Any]:
-    try:
-        return check(candidate)
-    except Exception as error:  # that a variant does not compile or run is a result
-        return {"error": math.inf, "message": f"{type(error).__name__}: {error}"[-400:]}
-
-
-def milliseconds(launch: Callable[[], object], repeats: int = 25) -> float:
-    """Median time of one launch on the device."""
-    for _ in range(3):
-        launch()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-    for event in events[:-1]:
-        event.record()
-        launch()
-    events[-1].record()
-    torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events))
-
-
-def graphed(launch: Callable[[], object]) -> Callable[[], None]:
-    """The launch as the replay of a CUDA graph, so that the CPU's part costs nothing."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            launch()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        launch()
-    return graph.replay
 
 
 def gemms(n_tokens: int, d: int, d_ffn: int) -> dict[str, float]:
@@ -222,101 +181,123 @@ def gemms(n_tokens: int, d: int, d_ffn: int) -> dict[str, float]:
         "dw_down": lambda: torch.mm(z.T, dy, out=dw[:d_ffn]),
         "join_weights": lambda: torch.cat((w_gate, w_up)),
     }
-    return {name: milliseconds(launch, 15) for name, launch in launches.items()}
+    return {name: milliseconds(launch) for name, launch in launches.items()}
 
 
-class DenseFused(nn.Module):
-    """Dense SwiGLU with gate and up in one GEMM: the rival."""
-
-    def __init__(self, d: int, d_ffn: int) -> None:
-        super().__init__()
-        self.w_gu = nn.Parameter(torch.randn(2 * d_ffn, d) / d**0.5)
-        self.w_down = nn.Parameter(torch.randn(d_ffn, d) / d**0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [T, d] -> [T, d]."""
-        g, u = F.linear(x, self.w_gu).chunk(2, dim=-1)
-        return (F.silu(g) * u) @ self.w_down
+def dense_step(tensors: FfnTensors, shape: FfnShape) -> Callable[[], object]:
+    """Forward and backward of the method `dense_fused`, compiled."""
+    layer = FusedFFN(shape).to(DEVICE, DTYPE)
+    weights = ffn_weights(layer, shape)
+    for name, weight in weights.items():
+        weight.data = getattr(tensors, name)
+    layer.compile()
+    return TrainingCalls(layer, list(weights.values()), tensors.x.requires_grad_(), tensors.dy).step
 
 
-def step(layer: nn.Module, n_tokens: int, d: int) -> Callable[[], object]:
-    """Forward and backward of a layer on random tokens, as a launch."""
-    x = torch.randn(n_tokens, d, device=DEVICE, dtype=DTYPE, requires_grad=True)
-    dy = torch.randn(n_tokens, d, device=DEVICE, dtype=DTYPE)
-    return lambda: torch.autograd.grad(layer(x), [x, *layer.parameters()], dy)
+def moc_step(tensors: FfnTensors, rule: str, layout: Layout) -> Callable[[], object]:
+    """Forward and backward of the operator in a layout."""
+    selection = parse_selection(rule)
+    x, dy = tensors.x, tensors.dy
+    weights = tensors.w_gate, tensors.w_up, tensors.w_down
+
+    def step() -> object:
+        _y, pairs, scales, bitmask, _overflow = forward_in_chunks(x, *weights, selection, False, True, layout)
+        kept = pairs, scales, bitmask
+        return backward_in_chunks(dy, x, *kept, *weights, selection.two_of_four, layout)
+
+    return step
 
 
-def steps(name: str, rule: str, select: Tiling, expand: Tiling) -> Iterator[dict[str, Any]]:
+def gemm_step(tensors: FfnTensors, chunks: Sequence[slice]) -> Callable[[], object]:
+    """The GEMMs of a step chunk by chunk, on random numbers in place of what the passes would write."""
+    x, dy, w_down = tensors.x, tensors.dy, tensors.w_down
+    w_gu = torch.cat((tensors.w_gate, tensors.w_up))
+    longest = max(chunk.stop - chunk.start for chunk in chunks)
+    gu, z = (torch.randn(longest, n, device=DEVICE, dtype=DTYPE) for n in (len(w_gu), len(w_down)))
+    dx, dw_gu, dw_down = torch.empty_like(x), torch.zeros_like(w_gu), torch.zeros_like(w_down)
+
+    def step() -> None:
+        for chunk in chunks:
+            length = chunk.stop - chunk.start
+            torch.mm(x[chunk], w_gu.T, out=gu[:length])
+            torch.mm(z[:length], w_down, out=dx[chunk])
+        for chunk in chunks:
+            length = chunk.stop - chunk.start
+            torch.mm(dy[chunk], w_down.T, out=z[:length])
+            torch.mm(gu[:length], w_gu, out=dx[chunk])
+            dw_gu.addmm_(gu[:length].T, x[chunk])
+            dw_down.addmm_(z[:length].T, dy[chunk])
+
+    return step
+
+
+def steps(name: str, rule: str, select: Tiling, expand: Tiling) -> Iterator[Row]:
     """Step times of a shape by chunk length, of its GEMMs alone in the same chunks, and peak memory."""
+    tensors = step_tensors(name)
+    for megabytes in CHUNK_MB:
+        chunking = Chunking(chunk_bytes=megabytes << 20, fewest=1)
+        step = moc_step(tensors, rule, Layout(chunking, select, expand))
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        peak = torch.cuda.max_memory_allocated() - before
+        chunks = chunking.chunks(len(tensors.x), len(tensors.w_gate) * DTYPE.itemsize)
+        yield {
+            "kind": "step", "shape": name, "rule": rule, "chunk_mb": megabytes, "peak_bytes": peak,
+            "step_ms": milliseconds(step), "step_ms_gemms": milliseconds(gemm_step(tensors, chunks)),
+        }  # fmt: skip
+
+
+def step_tensors(name: str) -> FfnTensors:
+    """Inputs and weights of a shape, w_gate and w_up side by side as a layer has them."""
     n_tokens, d, d_ffn = SHAPES[name]
-    layer = TritonMoCFFN(FfnShape(d, d_ffn), parse_selection(rule)).to(DEVICE, DTYPE)
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.copy_(torch.randn(parameter.shape) / d**0.5)
-    launch = step(layer, n_tokens, d)
-    originals = passes.select_pass, passes.expand_pass
-    tuned = (
-        functools.partial(originals[0], tiling=select),
-        functools.partial(originals[1], tiling=expand),
-    )
-    nothing: tuple[Callable[..., None], ...] = (lambda *_: None,) * 2
-    kept = ffn_ops.CHUNK_BYTES, ffn_ops.MIN_CHUNKS
-    try:
-        for chunk in CHUNK_MB:
-            ffn_ops.CHUNK_BYTES, ffn_ops.MIN_CHUNKS = chunk << 20, 1
-            row: dict[str, Any] = {"kind": "step", "shape": name, "rule": rule, "chunk_mb": chunk}
-            for key, functions in (("step_ms", tuned), ("step_ms_gemms", nothing)):
-                passes.select_pass, passes.expand_pass = functions
-                if key == "step_ms":
-                    torch.cuda.reset_peak_memory_stats()
-                    before = torch.cuda.memory_allocated()
-                    launch()
-                    row["peak_bytes"] = torch.cuda.max_memory_allocated() - before
-                row[key] = milliseconds(graphed(launch), 12)
-            yield row
-    finally:
-        passes.select_pass, passes.expand_pass = originals
-        ffn_ops.CHUNK_BYTES, ffn_ops.MIN_CHUNKS = kept
+    tensors = natural_tensors(FfnShape(d, d_ffn), n_tokens, DTYPE, DEVICE, seed=0)
+    place_side_by_side(tensors.w_gate, tensors.w_up)
+    return tensors
 
 
-def measure(names: list[str], seconds: float, processes: int) -> Iterator[dict[str, Any]]:
+def measure(names: Sequence[str], seconds: float, processes: int) -> Iterator[Row]:
     """Everything, shape by shape; steps only while there is time."""
     start = time.monotonic()
     every = list(dict.fromkeys(c for name in names for c in candidates(SHAPES[name][2])))
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        checked = dict(zip(every, pool.map(_checked, every), strict=True))
+    checked = check_all(check, every, processes)
     print(f"{len(every)} variants compiled and checked in {time.monotonic() - start:.0f} s", flush=True)
     fastest: dict[tuple[str, str, int, bool], tuple[float, Tiling]] = {}
     for name in names:
-        n_tokens, d, d_ffn = SHAPES[name]
-        for candidate in candidates(d_ffn):
-            row = {**asdict(candidate), "shape": name, **checked[candidate]}
-            if row["error"] < 5e-3:
-                rows = Rows(candidate, n_tokens)
-                row |= {"ms": milliseconds(rows.launch), "floor_ms": rows.floor_ms()}
-                if row["ms"] < fastest.get(candidate.group, (math.inf,))[0]:
-                    fastest[candidate.group] = row["ms"], candidate.tiling
-                del rows
+        for row, candidate in time_passes(name, checked):
+            if row.get("ms", math.inf) < fastest.get(candidate.group, (math.inf,))[0]:
+                fastest[candidate.group] = row["ms"], candidate.tiling
             yield row
-        yield {"kind": "gemms", "shape": name, **gemms(n_tokens, d, d_ffn)}
+        yield {"kind": "gemms", "shape": name, **gemms(*SHAPES[name])}
         torch.cuda.empty_cache()
     for name, rule in itertools.product(names, RULES):
-        n_tokens, d, d_ffn = SHAPES[name]
+        _n_tokens, d, d_ffn = SHAPES[name]
         select = fastest.get(("select", rule, d_ffn, False))
         expand = fastest.get(("expand", RULES[0], d_ffn, False))
         if time.monotonic() - start > seconds or select is None or expand is None:
             print(f"no steps of {name} {rule}: {seconds:.0f} s are over or no variant is right", flush=True)
             continue
         if rule == RULES[0]:
-            dense = DenseFused(d, d_ffn).to(DEVICE, DTYPE)
-            dense.compile()
-            launch = graphed(step(dense, n_tokens, d))
-            yield {"kind": "dense", "shape": name, "step_ms": milliseconds(launch, 12)}
+            launch = dense_step(step_tensors(name), FfnShape(d, d_ffn))
+            yield {"kind": "dense", "shape": name, "step_ms": milliseconds(launch)}
         yield from steps(name, rule, select[1], expand[1])
         torch.cuda.empty_cache()
 
 
-def report(results: list[dict[str, Any]]) -> None:
+def time_passes(name: str, checked: dict[Candidate, Row]) -> Iterator[tuple[Row, Candidate]]:
+    """A row for each variant of a shape's passes; wrong ones are rows without a time."""
+    n_tokens, _d, d_ffn = SHAPES[name]
+    bytes_per_ms = ensure_ceilings(DEVICE).copy_bytes_per_s / 1e3
+    for candidate in candidates(d_ffn):
+        row = {**asdict(candidate), "shape": name, **checked[candidate]}
+        if row["error"] < 5e-3:
+            rows = Rows(candidate, n_tokens)
+            row |= {"ms": milliseconds(rows.launch), "floor_ms": rows.least_bytes() / bytes_per_ms}
+            del rows
+        yield row, candidate
+
+
+def report(results: list[Row]) -> None:
     """Print what matters: today's variant beside the fastest three, wrong ones, GEMMs, and the best steps."""
     passes = [row for row in results if row["kind"] in ("select", "expand")]
     for key in dict.fromkeys((row["shape"], row["kind"], row["rule"], row["fp8"]) for row in passes):
@@ -348,24 +329,15 @@ def report(results: list[dict[str, Any]]) -> None:
             )
 
 
-def main() -> None:
-    """Run everything and write it down as it comes."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--shapes", default=",".join(SHAPES), help="of " + ", ".join(SHAPES))
-    parser.add_argument("--seconds", type=float, default=240.0, help="time no step after this long")
-    parser.add_argument("--processes", type=int, default=12, help="that compile and check")
-    options = parser.parse_args()
-    results = []
-    with options.out.open("w") as out:
-        for row in measure(options.shapes.split(","), options.seconds, options.processes):
-            results.append(row)
-            out.write(json.dumps(row) + "\n")
-            out.flush()
-    report(results)
+def main(
+    out: Annotated[Path, typer.Argument(help="where the measurements go, a line of JSON each")],
+    shapes: Annotated[str, typer.Option(help="of " + ", ".join(SHAPES))] = ",".join(SHAPES),
+    seconds: Annotated[float, typer.Option(help="time no step after this long")] = 240.0,
+    processes: Annotated[int, typer.Option(help="that compile and check")] = 12,
+) -> None:
+    """Which variant of each pass is fastest on this GPU, and how long the chunks should be."""
+    report(list(written(measure(shapes.split(","), seconds, processes), out)))
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -1,2 +1,6 @@
-"""Triton kernels of Mixture-of-Channels for training: the passes between the GEMMs, a family a file, with
-`budget.py` (what they compile to, checked without a GPU) and `tune.py` (which variant is fastest on one)."""
+"""Triton kernels and the functions that launch them, one family per file.
+
+Training: `passes` (select and expand, between the GEMMs), `selection` and `banks` (which channels are kept),
+`sparse24` (2:4 sparse results), `cross_entropy`. Decoding: `decode`, `decode_launch`, `attend`. `pass_parts`,
+`decode_parts` and `primitives` hold the device functions that they share.
+"""

@@ -1,14 +1,14 @@
 """One decoding step of attention: rotary positions, the cache's new entry, and attention, in one kernel.
 
-Reads q, k and v of one token per sequence and the cached keys and values up to it, once; writes a key, a
-value and the output: 4 head_dim bytes per head and cached token at 16 bits. At batch 1 and a few hundred
-tokens that is a microsecond of traffic, and separate kernels for rotation, both writes, mask and attention
-take several times that to start and end. The cache is read only as far as it is filled, which the kernel
-learns on the device.
+The kernel reads q, k and v of one token per sequence and the cached keys and values before it, once, and
+writes a key, a value and the output: 4 head_dim bytes per head and cached token at 16 bits. At batch 1 and a
+few hundred tokens that is a microsecond of traffic; separate kernels for rotation, both writes, mask and
+attention take several times as long to start and end. The number of cached tokens is read on the device, and
+the cache is read only so far.
 
-A program is one head of one sequence, and goes over the cache in blocks. Each token of a block has an online
-softmax of its own, over the tokens in its place of all blocks, so that nothing is exchanged between warps
-before the end; there they are put together, with the new token, which never leaves the registers.
+A program handles one head of one sequence and loops over the cache in blocks. Each position in a block has
+its own online softmax over that position of all blocks, so that warps exchange nothing until the end. There
+the softmaxes are merged with the new token, which never leaves the registers.
 """
 
 # mypy: disable-error-code="no-untyped-def"

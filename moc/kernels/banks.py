@@ -1,14 +1,15 @@
 """`nm` selection: which n gates of each bank of m neighbouring channels are the largest. Device functions.
 
-A tail bank of t < m channels keeps min(n, t). Three ways, all exact, equal gates to the lowest channel:
+A tail bank of t < m channels keeps min(n, t). There are three algorithms, all exact; of equal gates the
+lowest channel wins:
 
-RANK     any n and m, any dtype: a channel counts those of its bank that beat it, read again from L1; m
-         comparisons per channel.
+RANK     any n and m, any dtype: each channel counts the channels of its bank with a larger gate, which are
+         read again from L1: m comparisons per channel.
 EXTRACT  n <= 4, m a power of two, 16-bit gates: the bank's largest is removed n - 1 times.
-BISECT   m = 32 or 64, 16-bit gates: the bank's nth largest is searched by counting, packed two channels to a
-         register. The search starts four octaves below the bank's largest, where the nth largest nearly
-         always lies: 10 rounds, not 16. It is made for 2048 channels at once, whole banks in a lane, so that
-         no count crosses lanes; the tiles that follow take their words of bits from it.
+BISECT   m = 32 or 64, 16-bit gates: the bank's nth largest is searched by counting, two channels packed in a
+         register. The search starts four octaves below the bank's largest, above which the nth largest
+         nearly always lies: 10 rounds instead of 16. It handles 2048 channels at once, whole banks in a
+         lane, so that no count crosses lanes; the following tiles take their words of bits from it.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-redef, assignment"
@@ -88,11 +89,11 @@ def _rank(
     b_bank = b_channel - b_channel % M
     b_beaten_by = tl.full((ROWS, 32), 0, tl.int32)
     for j in range(M):
-        b_rival = b_bank + j
-        b_theirs = tl.load(row_ptr + b_rival, mask=b_rival < F, other=0.0)
+        b_other = b_bank + j
+        b_theirs = tl.load(row_ptr + b_other, mask=b_other < F, other=0.0)
         b_theirs = ranked(b_theirs.to(tl.float32), ASM)
-        b_beats = (b_theirs > b_score) | ((b_theirs == b_score) & (b_rival < b_channel))
-        b_beaten_by += (b_beats & (b_rival < F)).to(tl.int32)
+        b_beats = (b_theirs > b_score) | ((b_theirs == b_score) & (b_other < b_channel))
+        b_beaten_by += (b_beats & (b_other < F)).to(tl.int32)
     return _word((b_beaten_by < N) & (b_channel < F))
 
 

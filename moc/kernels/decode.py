@@ -1,7 +1,7 @@
 """Decoding kernels: a Mixture-of-Channels (or dense int8) FFN for 1 to 16 tokens.
 
-At these sizes the weights are the traffic, each row of which is one channel, read as a whole or not at all:
-w_gate, and of w_up and w_down the rows that some token keeps. Bytes at 16 bits for one token:
+At these sizes nearly all traffic is weights. A row of a weight is one channel, which is read whole or not at
+all: all rows of w_gate, and those rows of w_up and w_down that some token keeps. Bytes at 16 bits, one token:
 2 d (d_ffn + 2 K), 30.9 MB at d 2048, d_ffn 5504, K 1032 where dense moves 67.6 MB; at 8 bits half of that.
 
 gate      gates [T, d_ffn], rounded to the dtype of x.
@@ -14,9 +14,9 @@ down      y = z w_down, over the rows with a z. A column block is split over pro
 
 clear     zeros for the sums of `channels`, where no other kernel comes before it.
 
-`decode_launch.py` says which of them make up a layer. The first of a layer is launched as usual, when all
-before it is done; with PDL the others are launched while the one before still runs, and wait where they need
-what it writes.
+`decode_launch.py` says which of them compute a layer. The first kernel of a layer starts when all work before
+it is done. With PDL (programmatic dependent launch) each later kernel starts while the one before it still
+runs, and waits at the point where it needs its results.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-redef"
@@ -82,9 +82,10 @@ def decode_gate_kernel(
     b_inside = b_row < F
     clear(zeros_ptr, n_zeros, 256)
     tl.store(overflow_ptr, tl.full((), 0, tl.int64), tl.program_id(0) == 0)
-    b_gate = product(x_ptr, gate_ptr, b_row, b_inside, T, D, TOKENS, ROWS, COLUMNS, EVEN, STAGES, UNROLL, ASM)
-    if scale_ptr is not None:
-        b_gate *= tl.load(scale_ptr + b_row, b_inside, 0.0)[None, :]
+    b_gate = product(
+        x_ptr, gate_ptr, scale_ptr, b_row, b_inside,
+        T, D, TOKENS, ROWS, COLUMNS, EVEN, STAGES, UNROLL, ASM,
+    )  # fmt: skip
     b_token = tl.arange(0, TOKENS)
     b_mask = (b_token < T)[:, None] & b_inside[None, :]
     tl.store(
@@ -177,17 +178,16 @@ def decode_channels_kernel(
     b_inside = (b_at % WIDTH < M) & (b_channel < F)
     b_channel = b_channel.to(tl.int64)
     b_token = tl.arange(0, TOKENS)
+    b_there = (b_token < T)[:, None] & b_inside[None, :]
     if g_ptr is None:
         b_gate = product(
-            x_ptr, gate_ptr, b_channel, b_inside, T, D, TOKENS, CHANNELS, COLUMNS, EVEN, STAGES, UNROLL, ASM
-        )
-        if gate_scale_ptr is not None:
-            b_gate *= tl.load(gate_scale_ptr + b_channel, b_inside, 0.0)[None, :]
+            x_ptr, gate_ptr, gate_scale_ptr, b_channel, b_inside,
+            T, D, TOKENS, CHANNELS, COLUMNS, EVEN, STAGES, UNROLL, ASM,
+        )  # fmt: skip
         if z_ptr is None:
             wait(PDL)  # for zeros
     else:
         wait(PDL)
-        b_there = (b_token < T)[:, None] & b_inside[None, :]
         b_gate = tl.load(g_ptr + b_token[:, None] * g_stride + b_channel[None, :], b_there, 0.0)
         b_gate = b_gate.to(tl.float32)
     if z_ptr is not None:
@@ -197,92 +197,152 @@ def decode_channels_kernel(
 
     if RULE == ALL:
         b_up = product(
-            x_ptr, up_ptr, b_channel, b_inside, T, D, TOKENS, CHANNELS, COLUMNS, EVEN, STAGES, UNROLL, ASM
-        )
-        if up_scale_ptr is not None:
-            b_up *= tl.load(up_scale_ptr + b_channel, b_inside, 0.0)[None, :]
+            x_ptr, up_ptr, up_scale_ptr, b_channel, b_inside,
+            T, D, TOKENS, CHANNELS, COLUMNS, EVEN, STAGES, UNROLL, ASM,
+        )  # fmt: skip
         b_z = silu_times(b_gate, b_up, ASM)
-        b_there = (b_token < T)[:, None] & b_inside[None, :]
         tl.store(z_ptr + b_token[:, None] * F + b_channel[None, :], b_z, b_there)
     else:
         if RULE == NM:
             b_rounded = narrowed(b_gate, DTYPE, ASM).to(tl.float32)
             b_keep = keep_in_banks(b_rounded, b_inside, TOKENS, BANKS, N, WIDTH, ASM)
         else:
-            b_mine = score_of(b_gate, RULE, ASM)
-            if cut_ptr is None:
-                begin = tl.program_id(0) * CHANNELS
-                score, ties, overflow = row_threshold(
-                    g_ptr, K, first, quantile, begin, ROW, PIECE, RULE, PACKED, True, ASM
-                )
-                if RULE == THRESHOLD:
-                    tl.store(overflow_ptr, overflow.to(tl.int64), tl.program_id(0) == 0)
-                b_equal = ((b_mine == score) & b_inside[None, :]).to(tl.int32)
-                b_keep = (b_equal > 0) & (running_total(b_equal, 1) <= ties)
-                b_score = score
-            else:
-                b_score = tl.load(cut_ptr + 2 * b_token, b_token < T, 0).to(tl.float32, bitcast=True)[:, None]
-                b_cut = tl.load(cut_ptr + 2 * b_token + 1, b_token < T, -1)
-                b_keep = (b_mine == b_score) & (b_channel[None, :] <= b_cut[:, None])
-            b_keep = ((b_mine > b_score) | b_keep) & b_inside[None, :]
+            b_keep = _keep_from_cut(
+                b_gate, b_channel, b_inside, g_ptr, cut_ptr, overflow_ptr, T, K, first, quantile,
+                ROW, RULE, PACKED, PIECE, TOKENS, CHANNELS, ASM,
+            )  # fmt: skip
         b_keep &= (b_token < T)[:, None]
         b_gate = tl.where(b_keep, b_gate, 0.0)
         b_any = total(b_keep.to(tl.int32), 0) > 0  # [CHANNELS]: some token keeps it
         if SLOTS < CHANNELS:
             b_before = running_total(b_any.to(tl.int32), 0) - b_any.to(tl.int32)
             n_kept = total(b_any.to(tl.int32), 0)
-            if z_ptr is not None:  # rows of channels that nobody keeps
+            if z_ptr is not None:  # rows of channels that no token keeps
                 b_none = (b_token < T)[:, None] & (b_inside & (b_any == 0))[None, :]
                 b_zero = tl.full((TOKENS, CHANNELS), 0.0, tl.float32)
                 tl.store(z_ptr + b_token[:, None] * F + b_channel[None, :], b_zero, b_none)
         else:
+            b_before = b_any
             n_kept = 1
         # Programs with the same channels share the kept ones.
         for done in range(tl.program_id(1) * SLOTS, n_kept, tl.num_programs(1) * SLOTS):
-            if SLOTS < CHANNELS:  # the kept rows side by side
-                b_match = matches(b_any, b_before, done, SLOTS)
-                b_used = done + tl.arange(0, SLOTS) < n_kept
-                b_stored = b_used
-                b_row = total(tl.where(b_match, b_channel[None, :], 0), 1)  # [SLOTS]
-                b_chosen = gathered(b_gate, b_match)
-            else:  # all rows, those kept loaded
-                b_used = b_any
-                b_stored = b_inside
-                b_row = b_channel
-                b_chosen = b_gate
+            b_row, b_used, b_stored, b_chosen = _kept_rows(
+                b_gate, b_channel, b_inside, b_any, b_before, done, n_kept, SLOTS, CHANNELS
+            )
             if AHEAD and ASM:
                 prefetch(up_ptr, b_row, b_used, D, AHEAD)
                 if z_ptr is None:
                     prefetch(down_ptr, b_row, b_used, D, AHEAD)
             b_up = product(
-                x_ptr, up_ptr, b_row, b_used, T, D, TOKENS, SLOTS, UP_COLUMNS, EVEN, STAGES, UNROLL, ASM
-            )
-            if up_scale_ptr is not None:
-                b_up *= tl.load(up_scale_ptr + b_row, b_used, 0.0)[None, :]
+                x_ptr, up_ptr, up_scale_ptr, b_row, b_used,
+                T, D, TOKENS, SLOTS, UP_COLUMNS, EVEN, STAGES, UNROLL, ASM,
+            )  # fmt: skip
             b_z = silu_times(b_chosen, b_up, ASM)
             if z_ptr is not None:
                 b_wanted = (b_token < T)[:, None] & b_stored[None, :]
                 tl.store(z_ptr + b_token[:, None] * F + b_row[None, :], b_z, b_wanted)
             else:
-                if down_scale_ptr is not None:
-                    b_z *= tl.load(down_scale_ptr + b_row, b_used, 0.0)[None, :]
-                b_column = tl.arange(0, DOWN_COLUMNS)
-                for start in tl.range(0, D, DOWN_COLUMNS, loop_unroll_factor=UNROLL):
-                    b_here = b_column < D - start
-                    b_w = load_rows(down_ptr, b_row, b_used, start + b_column, b_here, D)
-                    b_y = tl.full((SLOTS if TOKENS == 1 else TOKENS, DOWN_COLUMNS), 0.0, tl.float32)
-                    b_y = add_rows(b_y, b_z, b_w, DTYPE, TOKENS, SLOTS, ASM)
-                    if TOKENS == 1:
-                        b_y = total(b_y, 0)[None, :]
-                    b_sum_ptr = sum_ptr + b_token[:, None] * D + start + b_column[None, :]
-                    b_mask = (b_token < T)[:, None] & b_here[None, :]
-                    tl.atomic_add(b_sum_ptr, b_y, b_mask, sem="relaxed")
+                _add_down(
+                    sum_ptr, down_ptr, down_scale_ptr, b_z, b_row, b_used,
+                    T, D, DTYPE, TOKENS, SLOTS, DOWN_COLUMNS, UNROLL, ASM,
+                )  # fmt: skip
         if z_ptr is None:  # noqa: SIM102 - the outer condition is decided when compiling
             if is_last(ticket_ptr, tl.num_programs(0) * tl.num_programs(1)):
                 for start in range(0, T * D, 4096):  # large: a program alone waits for each step
                     b_out = start + tl.arange(0, 4096)
                     b_total = tl.load(sum_ptr + b_out, b_out < T * D, 0.0, cache_modifier=".cg")
                     tl.store(y_ptr + b_out, narrowed(b_total, DTYPE, ASM), b_out < T * D)
+
+
+@jit
+def _keep_from_cut(
+    b_gate,
+    b_channel,
+    b_inside,
+    g_ptr,
+    cut_ptr,
+    overflow_ptr,
+    T,
+    K,
+    first,
+    quantile,
+    ROW: tl.constexpr,
+    RULE: tl.constexpr,
+    PACKED: tl.constexpr,
+    PIECE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Which gates [TOKENS, CHANNELS] a global rule keeps, by the cut of their row: read, or found here."""
+    b_mine = score_of(b_gate, RULE, ASM)
+    if cut_ptr is None:
+        begin = tl.program_id(0) * CHANNELS
+        score, ties, overflow = row_threshold(
+            g_ptr, K, first, quantile, begin, ROW, PIECE, RULE, PACKED, True, ASM
+        )
+        if RULE == THRESHOLD:
+            tl.store(overflow_ptr, overflow.to(tl.int64), tl.program_id(0) == 0)
+        b_equal = ((b_mine == score) & b_inside[None, :]).to(tl.int32)
+        b_keep = (b_equal > 0) & (running_total(b_equal, 1) <= ties)
+        b_score = score
+    else:
+        b_token = tl.arange(0, TOKENS)
+        b_score = tl.load(cut_ptr + 2 * b_token, b_token < T, 0).to(tl.float32, bitcast=True)[:, None]
+        b_cut = tl.load(cut_ptr + 2 * b_token + 1, b_token < T, -1)
+        b_keep = (b_mine == b_score) & (b_channel[None, :] <= b_cut[:, None])
+    return ((b_mine > b_score) | b_keep) & b_inside[None, :]
+
+
+@jit
+def _kept_rows(
+    b_gate, b_channel, b_inside, b_any, b_before, done, n_kept, SLOTS: tl.constexpr, CHANNELS: tl.constexpr
+):
+    """The next kept channels: their rows, which rows to load, which z to store, their gates [TOKENS, SLOTS].
+
+    With fewer slots than channels the kept rows number `done` to `done` + SLOTS, side by side; else all rows,
+    of which the kept ones are loaded.
+    """
+    if SLOTS < CHANNELS:
+        b_match = matches(b_any, b_before, done, SLOTS)
+        b_used = done + tl.arange(0, SLOTS) < n_kept
+        b_row = total(tl.where(b_match, b_channel[None, :], 0), 1)
+        return b_row, b_used, b_used, gathered(b_gate, b_match)
+    else:
+        return b_channel, b_any, b_inside, b_gate
+
+
+@jit
+def _add_down(
+    sum_ptr,
+    down_ptr,
+    scale_ptr,
+    b_z,
+    b_row,
+    b_used,
+    T,
+    D,
+    DTYPE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    UNROLL: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Add z [TOKENS, SLOTS] times rows of w_down to the sums [T, D], by float atomics."""
+    if scale_ptr is not None:
+        b_z *= tl.load(scale_ptr + b_row, b_used, 0.0)[None, :]
+    b_token = tl.arange(0, TOKENS)
+    b_column = tl.arange(0, COLUMNS)
+    for start in tl.range(0, D, COLUMNS, loop_unroll_factor=UNROLL):
+        b_here = b_column < D - start
+        b_w = load_rows(down_ptr, b_row, b_used, start + b_column, b_here, D)
+        b_y = tl.full((SLOTS if TOKENS == 1 else TOKENS, COLUMNS), 0.0, tl.float32)
+        b_y = add_rows(b_y, b_z, b_w, DTYPE, TOKENS, SLOTS, ASM)
+        if TOKENS == 1:
+            b_y = total(b_y, 0)[None, :]
+        b_sum_ptr = sum_ptr + b_token[:, None] * D + start + b_column[None, :]
+        tl.atomic_add(b_sum_ptr, b_y, (b_token < T)[:, None] & b_here[None, :], sem="relaxed")
 
 
 @jit(do_not_specialize=["T", "F", "BLOCKS"])

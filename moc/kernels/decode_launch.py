@@ -1,14 +1,14 @@
-"""Which decoding kernels make up a layer, how they are laid out, and their launch.
+"""Which decoding kernels compute a layer, their tilings, and their launch.
 
-A layer is the channels kernel, with up to three others around it, as its `DecodeTiling` says:
+A layer is the channels kernel and up to three others, depending on its `DecodeTiling`:
 
     gate None, down None     clear, channels           needs a rule that is local, `nm`; float atomics
     gate None, down          channels, down            `nm` and dense; the same sum in every run
     gate, down None          gate[, cut], channels     any rule; float atomics
     gate, down               gate[, cut], channels, down
 
-`cut_apart` finds the K-th largest gate in a kernel of its own, one program per token, instead of in every
-program of the channels kernel, which is possible for one token.
+With `cut_apart` a separate kernel, one program per token, finds the K-th largest gate. Otherwise every
+program of the channels kernel finds it, which is possible for one token only.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from triton import next_power_of_2
 
+from moc.dtypes import DECODE_DTYPES, torch_dtypes
 from moc.kernels.decode import (
     ALL,
     decode_channels_kernel,
@@ -28,12 +29,12 @@ from moc.kernels.decode import (
     decode_down_kernel,
     decode_gate_kernel,
 )
-from moc.kernels.primitives import INTERPRETED, launching_on
-from moc.kernels.selection import RULES, first_key
+from moc.kernels.primitives import INTERPRETED, capability_of, check_device, launching_on
+from moc.kernels.selection import RULE_NUMBERS, first_key
 from moc.selection import Selection
 
 MAX_TOKENS = 16
-DTYPES = (torch.bfloat16, torch.float16)
+_DTYPES = torch_dtypes(DECODE_DTYPES)
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class Rows:
 def decode_tiling(d_ffn: int, selection: Selection | None, tokens: int, int8: bool = False) -> DecodeTiling:
     """The tiling for a width, a rule (None: dense) and a number of tokens, and whether weights are int8.
 
-    Measured by tune_decode.py on an H100 (docs/measured.md, 2026-11-26).
+    Measured by harness/tuning/decode.py on an H100 (docs/measured.md, 2026-11-26).
     """
     local = selection is not None and selection.rule == "nm"
     bank = 1 if selection is None else _bank_width(selection)
@@ -168,7 +169,7 @@ def decode_pass(
         if torch.are_deterministic_algorithms_enabled() and not tiling.deterministic:
             tiling = replace(tiling, down=DownTile(64, 256, 16))
     _check_tiling(selection, tokens, tiling)
-    hopper = INTERPRETED or torch.cuda.get_device_capability(x.device) >= (9, 0)
+    hopper = capability_of(x.device) >= (9, 0)
     if not hopper:
         tiling = replace(tiling, ahead=False, pdl=False)
     gate, down = tiling.gate, tiling.down
@@ -240,7 +241,7 @@ def cut_constants(d_ffn: int, selection: Selection, packed: bool, tiling: Decode
     """What the cut kernel is compiled for; `packed`: gates can be compared in pairs."""
     return {
         "F": d_ffn,
-        "RULE": RULES[selection.rule],
+        "RULE": RULE_NUMBERS[selection.rule],
         "PACKED": packed and selection.rule != "topk_abs",
         "PIECE": 512 * cut_warps(d_ffn),
         "PDL": tiling.pdl and not INTERPRETED,
@@ -258,7 +259,7 @@ def channels_constants(
     searches = selection is not None and selection.rule != "nm" and not tiling.cut_apart
     return {
         "ROW": d_ffn if searches else 0,
-        "RULE": ALL.value if selection is None else RULES[selection.rule],
+        "RULE": ALL.value if selection is None else RULE_NUMBERS[selection.rule],
         "N": n,
         "M": m,
         "PACKED": packed,
@@ -313,10 +314,9 @@ def _bank_width(selection: Selection) -> int:
 
 def _check_tensors(x: Tensor, rows: Rows) -> None:
     """Raise ValueError unless the kernels can take them."""
-    if x.device.type != "cuda" and not INTERPRETED:
-        raise ValueError(f"x is on {x.device}; the kernels run on cuda here")
-    if x.dtype not in DTYPES:
-        raise ValueError(f"x has dtype {x.dtype}; the decoding kernels take {', '.join(map(str, DTYPES))}")
+    check_device("x", x)
+    if x.dtype not in _DTYPES:
+        raise ValueError(f"x has dtype {x.dtype}; the decoding kernels take {', '.join(map(str, _DTYPES))}")
     if not 1 <= x.shape[0] <= MAX_TOKENS:
         raise ValueError(f"{x.shape[0]} tokens; the decoding kernels take 1 to {MAX_TOKENS}")
     wanted = x.dtype if rows.scales is None else torch.int8

@@ -1,6 +1,6 @@
-"""What the decoding kernels are built from: device functions over rows of the weights.
+"""Device functions of the decoding kernels, over rows of the weights.
 
-TOKENS is 1, and products are taken lane by lane in float32, or 16, and they go through the tensor cores.
+If TOKENS is 1, products are summed lane by lane in float32; if it is 16, they run on the tensor cores.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-redef"
@@ -54,6 +54,7 @@ def narrowed(x, DTYPE: tl.constexpr, ASM: tl.constexpr):
 def product(
     x_ptr,
     w_ptr,
+    scale_ptr,
     b_row,
     b_inside,
     T,
@@ -66,7 +67,10 @@ def product(
     UNROLL: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """x [T, D] times the rows `b_row` (int64 [ROWS]) of w: float32 [TOKENS, ROWS], zero where not inside."""
+    """x [T, D] times the rows `b_row` (int64 [ROWS]) of w: float32 [TOKENS, ROWS], zero where not inside.
+
+    Multiplied by the scales of the rows, if there are any (`scale_ptr` is not None).
+    """
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     b_column = tl.arange(0, COLUMNS)
     b_w_ptr = w_ptr + b_row[:, None] * D + b_column[None, :]
@@ -82,7 +86,7 @@ def product(
                 b_mask = b_inside[:, None] & b_here[None, :]
                 b_w = tl.load(b_w_ptr + start, b_mask, 0.0, eviction_policy="evict_first")
             b_parts += b_w.to(tl.float32) * b_x.to(tl.float32)[None, :]
-        return total(b_parts, 1)[None, :]
+        b_sum = total(b_parts, 1)[None, :]
     else:
         b_token = tl.arange(0, TOKENS)
         b_x_ptr = x_ptr + b_token[:, None] * D + b_column[None, :]
@@ -96,7 +100,9 @@ def product(
                 b_sum = tl.dot(b_x, tl.trans(b_w.to(DTYPE)), b_sum)
             else:  # the interpreter multiplies the bits of bf16 numbers
                 b_sum += tl.dot(b_x.to(tl.float32), tl.trans(b_w.to(tl.float32)))
-        return b_sum
+    if scale_ptr is not None:
+        b_sum *= tl.load(scale_ptr + b_row, b_inside, 0.0)[None, :]
+    return b_sum
 
 
 @jit

@@ -6,13 +6,13 @@ select (forward)   reads g and u; writes z = mask * silu(g) * u, and what backwa
 expand (backward)  reads dz = dy @ w_down.T, the pairs and the bitmask; writes dg and du, zero off the mask,
                    and z. Per row 8 d_ffn + 4 K + d_ffn / 8 bytes: 48.8 KB.
 
-Where a product takes its left matrix as 2:4 sparse (`sparse24.py`), select writes the values of z in that
-form instead, d_ffn bytes less, and expand those of [dg du] beside the dense ones, which the weight gradients
-need: 2 d_ffn bytes more.
+If a product uses a 2:4 sparse left matrix (`sparse24.py`), select writes the values of z in that form instead
+(d_ffn bytes less), and expand writes those of [dg du] in addition to the dense ones, which the weight
+gradients need (2 d_ffn bytes more).
 
-One program takes one row, in tiles of ROWS x 32 channels: a tile's row is one word of the bitmask, and the
-place of a kept channel among the row's pairs is a running count of bits. Mostly one warp is a program, so
-that reductions stay inside it; many rows per multiprocessor hide the latencies.
+A program handles one token's row, in tiles of ROWS x 32 channels: a row of a tile is one word of the bitmask,
+and the position of a kept channel among the pairs is a running count of bits. In most cases a program is one
+warp, so that reductions stay inside it; many programs per multiprocessor hide the latencies.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-redef"
@@ -27,27 +27,28 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from moc.config import MAX_D_FFN
+from moc.dtypes import KERNEL_DTYPES, torch_dtypes
 from moc.kernels.banks import BISECT, CHUNK, bits_in_banks, bits_of_chunk, way
+from moc.kernels.pass_parts import bits_of_part, bits_set, clear_pairs, fp8_scale, places
 from moc.kernels.primitives import (
     INTERPRETED,
-    bits_before,
+    capability_of,
+    check_device,
     jit,
     kept_bit,
-    largest,
     launching_on,
     load_pairs,
     popcount,
-    running_total,
     sigmoid,
     store_pairs,
     total,
 )
-from moc.kernels.selection import NM, RULES, THRESHOLD, TOPK_ABS, first_key, row_threshold, score_of
+from moc.kernels.selection import NM, RULE_NUMBERS, THRESHOLD, TOPK_ABS, first_key, row_threshold, score_of
 from moc.kernels.sparse24 import TILE_COLUMNS, two_of_four
 from moc.selection import Selection
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-MAX_D_FFN = 65534  # two counts share a 32-bit word
+_DTYPES = torch_dtypes(KERNEL_DTYPES)
 # Arguments whose values the kernels are not compiled for.
 _SELECT_VALUES = ["g_stride", "u_stride", "z_stride", "K", "first", "quantile"]
 _EXPAND_VALUES = ["dz_stride", "dg_stride", "du_stride", "z_stride", "K"]
@@ -137,8 +138,8 @@ def select_fwd_kernel(
     if RULE != THRESHOLD:
         tl.store(overflow_ptr, tl.full((), 0, tl.int64), (row == 0) & (tl.program_id(1) == 0))
     if FP8:
-        g_scale = _fp8_scale(g_ptr, F, PIECE)
-        u_scale = _fp8_scale(u_ptr, F, PIECE)
+        g_scale = fp8_scale(g_ptr, F, PIECE)
+        u_scale = fp8_scale(u_ptr, F, PIECE)
         tl.store(scales_ptr + row * 2, g_scale)
         tl.store(scales_ptr + row * 2 + 1, u_scale)
     if KEEP:
@@ -169,58 +170,32 @@ def select_fwd_kernel(
             if RULE == TOPK_ABS:
                 b_score = tl.where(b_inside, b_score, float("-inf"))
             if PART:
-                b_equal = (b_score == score) & b_inside
-                b_words = total(tl.where(b_equal, (1 << b_bit)[None, :], 0), 1)
-                b_count = popcount(b_words, ASM)
-                b_before = (running_total(b_count, 0) - b_count)[:, None]
-                b_equal &= b_before + bits_before(b_words[:, None], b_bit[None, :], ASM) < last
-                b_kept = tl.where((b_score > score) | b_equal, (1 << b_bit)[None, :], 0)
+                b_bits, n_equal = bits_of_part(b_score, score, b_inside, last, ASM)
                 if PART > ROWS * 32:
-                    last -= total(b_count, 0)
+                    last -= n_equal
             else:
                 b_kept = kept_bit(b_score, score, b_at, last - start, (1 << b_bit)[None, :], ASM)
-            b_bits = total(b_kept, 1)
+                b_bits = total(b_kept, 1)
         # [ROWS] words say it all; what follows tests their bits, so that no predicate lives long.
-        b_keep = ((b_bits[:, None] >> b_bit[None, :]) & 1) != 0
+        b_keep = bits_set(b_bits)
         b_gate = b_g.to(tl.float32)
         b_up = b_u.to(tl.float32)
         if KEEP:
-            b_count = popcount(b_bits, ASM)
-            b_before = n_kept + running_total(b_count, 0) - b_count
-            b_offset = bits_before(b_bits[:, None], b_bit[None, :], ASM)
             if FP8:
                 b_g = b_gate * (1.0 / g_scale)
                 b_u = b_up * (1.0 / u_scale)
-            store_pairs(pairs_ptr, b_before[:, None], b_offset, b_g, b_u, b_keep, ASM)
+            b_before, b_offset = places(b_bits, n_kept, ASM)
+            store_pairs(pairs_ptr, b_before, b_offset, b_g, b_u, b_keep, ASM)
             tl.store(bitmask_ptr + start // 32 + b_word, b_bits, mask=b_word < WORDS - start // 32)
-            n_kept += total(b_count, 0)
+            n_kept += total(popcount(b_bits, ASM), 0)
         b_z = b_gate * sigmoid(b_gate, ASM) * tl.where(b_keep, b_up, 0.0)
         if SPARSE:
             b_half = two_of_four(b_z.to(DTYPE), b_bits, ROWS)
             tl.store(z_ptr + start // 2 + b_half_at, b_half, mask=b_half_at < (F - start) // 2)
         else:
             tl.store(z_ptr + start + b_at, b_z.to(DTYPE), mask=b_inside)
-
     if KEEP and RULE == THRESHOLD:
-        for place in range(n_kept, K, 32):
-            b_place = place + b_bit
-            b_zero = tl.full((32,), 0.0, tl.float32).to(pairs_ptr.dtype.element_ty)
-            tl.store(pairs_ptr + 2 * b_place, b_zero, mask=b_place < K)
-            tl.store(pairs_ptr + 2 * b_place + 1, b_zero, mask=b_place < K)
-
-
-@jit
-def _fp8_scale(row_ptr, F: tl.constexpr, PIECE: tl.constexpr):
-    """What to divide a row by so that its largest magnitude is that of float8_e4m3fn, 448."""
-    # Of the whole row, not of the kept channels, which are not known yet: a float's relative precision does
-    # not depend on its scale, and the range of float8_e4m3fn leaves room for 15 octaves.
-    b_index = tl.arange(0, PIECE)
-    b_largest = tl.full((PIECE,), 0.0, tl.float32)
-    for start in range(0, F, PIECE):
-        b_x = tl.load(row_ptr + start + b_index, mask=start + b_index < F, other=0.0)
-        b_largest = tl.maximum(b_largest, tl.abs(b_x.to(tl.float32)))
-    top = largest(b_largest, 0)
-    return tl.where(top > 0, top * (1 / 448.0), 1.0)
+        clear_pairs(pairs_ptr, n_kept, K)
 
 
 @jit(do_not_specialize=_EXPAND_VALUES)
@@ -270,12 +245,10 @@ def expand_bwd_kernel(
     for start in range(0, PADDED, ROWS * 32):
         b_bits = tl.load(bitmask_ptr + start // 32 + b_word, mask=b_word < WORDS - start // 32, other=0)
         b_dz = tl.load(dz_ptr + start + b_at, mask=b_at < F - start, other=0.0).to(tl.float32)
-        b_count = popcount(b_bits, ASM)
-        b_before = n_kept + running_total(b_count, 0) - b_count
-        b_offset = bits_before(b_bits[:, None], b_bit[None, :], ASM)
-        b_keep = ((b_bits[:, None] >> b_bit[None, :]) & 1) != 0
-        b_g, b_u = load_pairs(pairs_ptr, b_before[:, None], b_offset, b_keep, ASM)
-        n_kept += total(b_count, 0)
+        b_before, b_offset = places(b_bits, n_kept, ASM)
+        b_keep = bits_set(b_bits)
+        b_g, b_u = load_pairs(pairs_ptr, b_before, b_offset, b_keep, ASM)
+        n_kept += total(popcount(b_bits, ASM), 0)
         b_gate = b_g.to(tl.float32)
         b_up = b_u.to(tl.float32)
         if FP8:
@@ -328,30 +301,21 @@ def select_pass(
         return
     vector = _vector(g, u, z)
     size = g.element_size()
-    packed = size == 2 and vector >= 2 and (INTERPRETED or _compares_pairs(g.device))
+    packed = size == 2 and vector >= 2 and capability_of(g.device) >= (9, 0)  # which can compare pairs
     tiling = tiling or select_tiling(d_ffn, selection, packed, few=kept is None and n_tokens <= FEW_TOKENS)
     fp8 = kept is not None and kept.scales is not None
     if fp8:
         _check_fp8(g.device)
+    stored = (kept.pairs, kept.scales, kept.bitmask) if kept else (None, None, None)
+    first = 0 if selection.rule == "topk_abs" else first_key(selection.threshold, g.dtype)
+    quantile = NormalDist().inv_cdf(1 - (k - 0.5) / d_ffn)
     with launching_on(g):
         select_fwd_kernel[(n_tokens, -(-d_ffn // tiling.part) if tiling.part else 1)](
-            g,
-            u,
-            z,
-            kept.pairs if kept else None,
-            kept.scales if kept else None,
-            kept.bitmask if kept else None,
-            overflow,
-            g.stride(0),
-            u.stride(0),
-            z.stride(0),
-            k,
-            0 if selection.rule == "topk_abs" else first_key(selection.threshold, g.dtype),
-            NormalDist().inv_cdf(1 - (k - 0.5) / d_ffn),
+            g, u, z, *stored, overflow, g.stride(0), u.stride(0), z.stride(0), k, first, quantile,
             **select_constants(d_ffn, selection, size, packed, vector, kept is not None, fp8, tiling, sparse),
             ASM=not INTERPRETED,
             num_warps=tiling.num_warps,
-        )
+        )  # fmt: skip
 
 
 def expand_pass(
@@ -386,23 +350,12 @@ def expand_pass(
     tiling = tiling or EXPAND_TILING
     with launching_on(dz):
         expand_bwd_kernel[(n_tokens,)](
-            dz,
-            kept.pairs,
-            kept.scales,
-            kept.bitmask,
-            dg,
-            du,
-            z,
-            sparse,
-            dz.stride(0),
-            dg.stride(0),
-            du.stride(0),
-            z.stride(0),
-            kept.pairs.shape[1],
+            dz, kept.pairs, kept.scales, kept.bitmask, dg, du, z, sparse,
+            dz.stride(0), dg.stride(0), du.stride(0), z.stride(0), kept.pairs.shape[1],
             **expand_constants(d_ffn, width, _vector(dz, dg, du, z), fp8, tiling, sparse is not None),
             ASM=not INTERPRETED,
             num_warps=tiling.num_warps,
-        )
+        )  # fmt: skip
 
 
 def select_constants(
@@ -421,7 +374,7 @@ def select_constants(
     return {
         "F": d_ffn,
         "PART": tiling.part,
-        "RULE": RULES[selection.rule],
+        "RULE": RULE_NUMBERS[selection.rule],
         "N": n or 0,
         "M": m or 0,
         "WAY": way(n, m, itemsize, packed) if n and m else 0,
@@ -454,8 +407,8 @@ def expand_constants(
 def select_tiling(d_ffn: int, selection: Selection, packed: bool, few: bool = False) -> Tiling:
     """The tiling of the select pass; `packed`: gates are of 16 bits and can be compared in pairs.
 
-    `few`: for so few tokens that one program a token would leave the GPU idle, with nothing kept. Measured by
-    tune.py and tune_decode.py on an H100 (docs/measured.md, 2026-11-26).
+    `few`: for so few tokens, with nothing kept, that one program per token would leave most of the GPU idle.
+    Measured by harness/tuning on an H100 (docs/measured.md, 2026-11-26).
     """
     if few:
         return _tiling_of_few(d_ffn, selection, packed)
@@ -489,18 +442,14 @@ def _vector(*rows: Tensor) -> int:
     return math.gcd(8, max(1, alignment // rows[0].element_size()))
 
 
-def _compares_pairs(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (9, 0)
-
-
 def _check(**rows: Tensor) -> None:
     first = next(iter(rows.values()))
     for name, tensor in rows.items():
         if tensor.dim() != 2 or tensor.shape[0] != first.shape[0]:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected [{first.shape[0]}, channels]")
-        if tensor.dtype not in DTYPES or tensor.dtype != first.dtype:
+        if tensor.dtype not in _DTYPES or tensor.dtype != first.dtype:
             raise ValueError(
-                f"{name} has dtype {tensor.dtype}; supported: {', '.join(map(str, DTYPES))}, alike"
+                f"{name} has dtype {tensor.dtype}; supported: {', '.join(map(str, _DTYPES))}, alike"
             )
         if tensor.shape[1] > 1 and tensor.stride(1) != 1:
             raise ValueError(
@@ -508,8 +457,7 @@ def _check(**rows: Tensor) -> None:
             )
         if tensor.shape[1] > MAX_D_FFN:
             raise ValueError(f"{name} has {tensor.shape[1]} channels; at most {MAX_D_FFN} are supported")
-        if tensor.device.type != "cuda" and not INTERPRETED:
-            raise ValueError(f"{name} is on {tensor.device}; the kernels run on cuda here")
+        check_device(name, tensor)
 
 
 def _check_sparse(values: Tensor, width: int) -> None:
@@ -527,5 +475,5 @@ def _check_sparse(values: Tensor, width: int) -> None:
 
 
 def _check_fp8(device: torch.device) -> None:
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+    if capability_of(device) < (8, 9):
         raise ValueError("fp8 needs a GPU of compute capability 8.9 or higher")

@@ -1,4 +1,4 @@
-"""What the kernels are built from: the decorator, and small device functions.
+"""What the kernels are built from: where they run, the decorator, and small device functions.
 
 Where Triton's own operations would cost too much, a device function has two forms: PTX, taken where `ASM` is
 true, and plain Triton with the same meaning, which Triton's interpreter runs. The reason stands at each.
@@ -9,8 +9,9 @@ true, and plain Triton with the same meaning, which Triton's interpreter runs. T
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,10 @@ def _interpreted() -> bool:
 
 
 # Without a GPU the kernels run, slowly, in Triton's interpreter; TRITON_INTERPRET=0 or 1 decides otherwise.
+# Decided once, here: `jit` needs it when a module of kernels is imported.
 INTERPRETED = _interpreted()
+
+_PRETENDED: ContextVar[tuple[int, int] | None] = ContextVar("_PRETENDED", default=None)
 
 # The combine functions themselves, not tl.sum and tl.cumsum: those are compiled or interpreted as `triton`
 # was first imported, maybe by somebody else, and could not be called from an interpreted kernel.
@@ -54,6 +58,30 @@ class _Interpreted(InterpretedFunction):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """A call from an interpreted kernel."""
         return self.rewrite()(*args, **kwargs)
+
+
+@contextmanager
+def pretended_gpu(capability: tuple[int, int]) -> Iterator[None]:
+    """Within it tensors on any device pass for tensors on a GPU of this compute capability.
+
+    For counting what launches would compile where there is no GPU. The caller keeps Triton from launching.
+    """
+    token = _PRETENDED.set(capability)
+    try:
+        yield
+    finally:
+        _PRETENDED.reset(token)
+
+
+def capability_of(device: torch.device) -> tuple[int, int]:
+    """The compute capability that kernels are compiled for on a GPU; (9, 0) where they are interpreted."""
+    return (9, 0) if INTERPRETED else _PRETENDED.get() or torch.cuda.get_device_capability(device)
+
+
+def check_device(name: str, tensor: torch.Tensor) -> None:
+    """Raise ValueError, naming the tensor, unless kernels can be launched on its device."""
+    if tensor.device.type != "cuda" and not INTERPRETED and _PRETENDED.get() is None:
+        raise ValueError(f"{name} is on {tensor.device}; the kernels run on cuda here")
 
 
 def launching_on(tensor: torch.Tensor) -> AbstractContextManager[Any]:

@@ -1,17 +1,17 @@
 """Which channels of a row are kept: device functions, used inside the select pass of `passes.py`.
 
-Global rules (`topk`, `topk_abs`, `threshold`) look for the row's K-th largest score. The row is read once,
-stays in registers, and is only counted: how many scores are at least x, for some values of x. A bf16 or fp16
-row stays packed, two channels to a register, and one instruction compares both, so a count costs 3/4
-instruction per channel and one warp reduction. Halving the interval would take up to 16 counts (32 for
-float32). Instead the first is at a guess, from mean and deviation of a piece of the row, and later ones are
-where the counts at both ends say that the K-th largest lies: about 4 counts where gates are about normal, 7
-where they are heavy-tailed. After some misses the interval is halved, so that the search always ends.
+Global rules (`topk`, `topk_abs`, `threshold`) search for the row's K-th largest score. The row is read once
+and stays in registers. The search counts how many scores are at least x, for some values of x. A bf16 or fp16
+row stays packed, two channels per register, and one instruction compares both, so a count costs 3/4
+instruction per channel and one warp reduction. Bisection would need up to 16 counts (32 for float32).
+Instead the first x is a guess from mean and deviation of a piece of the row, and each later one is
+interpolated between the counts at both ends of the interval: about 4 counts for normally distributed gates, 7
+for heavy-tailed ones. After some misses the interval is bisected, so the search always ends.
 
-Of channels equal to the K-th largest the lowest are kept. For a program that handles the whole row they end
-at a *cut*: a channel is kept if its score is above the K-th largest, or equal to it and the channel at most
-the cut, for which a part of the row is read again, from L1. A program that handles some channels of a row
-needs less: how many equal ones lie before its own, one count. Bytes: itemsize * d_ffn read per row.
+Of channels equal to the K-th largest the lowest are kept. In a program that handles the whole row they end at
+a *cut*: a channel is kept if its score is above the K-th largest, or if it is equal and the channel is at
+most the cut. To find the cut a part of the row is read again, from L1. A program that handles some channels
+of a row only needs the number of equal ones before its own: one count. Bytes: itemsize * d_ffn per row.
 
 Scores are searched by *key*: the bits of a float as an integer in the order of the floats. NaN ranks as
 infinity. `nm` rules are local to a bank: see `banks.py`.
@@ -30,9 +30,9 @@ import triton.language as tl
 
 from moc.kernels.primitives import jit, largest, ranked, running_total, total
 
-# How a rule is told to a kernel.
+# The number of a rule, as kernels take it.
 TOPK, TOPK_ABS, NM, THRESHOLD = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
-RULES = {"topk": 0, "topk_abs": 1, "nm": 2, "threshold": 3}
+RULE_NUMBERS = {"topk": 0, "topk_abs": 1, "nm": 2, "threshold": 3}
 INTERPOLATIONS = tl.constexpr(8)  # counts of a search, before each further one halves what is left
 
 

@@ -1,4 +1,4 @@
-"""Matrices of which two of any four neighbours in a row are kept, in the form of the sparse tensor cores.
+"""2:4 sparse matrices (two of any four neighbours in a row are stored), as sparse tensor cores take them.
 
 A matrix [T, width] is kept as values [T, width / 2], two of each group of four channels, and as metadata,
 which says which two: 4 bits a group, the index of the first in the low two. On compute capability 9.0 a tile
@@ -8,13 +8,12 @@ of row r and group c of the tile are, counted in fours, at
     8 groups      c0 -> 4, c1 -> 8, c2 -> 2
     64 rows       r0 -> 16, r1 -> 32, r2 -> 64, r3 -> 1, r4 -> 128, r5 -> 256
 
-with c0 the lowest bit of c; so rows r and r + 8 share a byte. Tiles follow one another along the columns,
-then along the rows. That is what `torch._cslt_compress` writes on an H100, read off bit by bit; the GPU tests
-hold both against each other.
+with c0 the lowest bit of c; so rows r and r + 8 share a byte. Tiles are ordered by column, then by row. This
+layout was found bit by bit from what `torch._cslt_compress` writes on an H100; the GPU tests compare the two.
 
-Where a group keeps fewer than two channels, any two that include them are named, and the value of the other
-is zero. Which ones follows from the group's bits of the bitmask alone, with d, c, b, a from the fourth
-channel to the first: the second is d ? 3 : c ? 2 : 1, the first c & d ? 2 : b & (c | d) ? 1 : 0.
+If a group keeps fewer than two channels, the metadata names two that include them, and the value of the other
+is zero. The two indices follow from the group's bits of the bitmask alone, with a, b, c, d the bits of the
+first to the fourth channel: the second is d ? 3 : c ? 2 : 1, the first c & d ? 2 : b & (c | d) ? 1 : 0.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-redef"

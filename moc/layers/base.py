@@ -18,9 +18,9 @@ def init_weights(module: nn.Module, seed: int) -> None:
     """Fill every parameter of `module` in place from `seed`: matrices normal(0, 0.02), vectors (norms) one.
 
     A parameter's values depend on the seed, its name and its shape only: not on the method, on the other
-    parameters, on the device or on PyTorch's global generator. So the same model with another feed-forward
-    method, even one from outside, starts from the same weights. Parameters on the meta device, which have no
-    values, are passed over.
+    parameters, on the device or on PyTorch's global generator. So the same model starts from the same weights
+    whatever its feed-forward method, including one from outside. Parameters on the meta device, which have no
+    values, are skipped.
     """
     # In threads because drawing is serial and takes 10 s per 1e9 weights, in every process of a sweep.
     with ThreadPoolExecutor() as pool:
@@ -51,9 +51,9 @@ class FfnWeights(nn.Module):
         init_weights(self, seed=0)
 
     def freeze(self) -> None:
-        """Derive from the weights what makes calls without gradients faster; nothing in most layers.
+        """Prepare what makes calls without gradients faster, such as a layout of weights; by default nothing.
 
-        To be called again when a weight has been replaced.
+        Call it again after a weight has been replaced.
         """
 
     def extra_repr(self) -> str:

@@ -1,7 +1,10 @@
-"""Feed-forward layers: one class per way of computing or keeping SwiGLU, all with the same parameters.
+"""Dense SwiGLU layers, which differ in what they keep for backward and in how they use matrix products.
 
-Every layer holds w_gate, w_up and w_down [d_ffn, d_model] in this order, so state dicts are interchangeable,
-and `init_weights` fills them from a seed alone, so that rivals start from the same weights.
+`DenseFFN`      eager PyTorch: keeps x, g, u, silu(g) and z.
+`RecomputeFFN`  keeps x and runs forward again in backward.
+`DenseGuFFN`    keeps x, g and u.
+`FusedFFN`      one matrix product for gate and up; for torch.compile, which fuses the elementwise operations.
+`LigerFFN`      Liger's SwiGLU kernel: keeps x, g and u (optional extra `liger`).
 """
 
 from __future__ import annotations
@@ -52,10 +55,10 @@ class DenseGuFFN(FfnWeights):
 class FusedFFN(FfnWeights):
     """SwiGLU with one product for gate and up: x @ [w_gate; w_up].T, split in halves.
 
-    The two weights stay parameters of their own, so state dicts are interchangeable; putting them side by
-    side costs 4 * d_ffn * d elements of traffic a step, 90 MB or about 0.03 ms at 2048/5504. Under autocast
-    it costs nothing: the cast to the narrow dtype writes them side by side. For decoding, whose time that
-    traffic would double, `freeze` puts them side by side once.
+    The two weights remain separate parameters, so state dicts are interchangeable. Concatenating them moves
+    4 * d_ffn * d elements per step: 90 MB, or about 0.03 ms, at 2048/5504. Under autocast it costs nothing,
+    because the cast to the narrow dtype writes them side by side. In decoding it would double the time, so
+    `freeze` places them side by side once.
     """
 
     def __init__(self, shape: FfnShape) -> None:
@@ -63,9 +66,10 @@ class FusedFFN(FfnWeights):
         self._w_gate_up: Tensor | None = None  # the storage of both weights, once frozen
 
     def freeze(self) -> None:
-        """Let w_gate and w_up follow each other in memory, where calls without gradients take them together.
+        """Place w_gate and w_up side by side in memory; calls without gradients then use them as one matrix.
 
-        Writes in place stay visible, as `load_state_dict` does them. `.to()`, a copy and pickling undo it.
+        In-place writes, such as those of `load_state_dict`, stay visible. `.to()`, copying and pickling undo
+        it.
         """
         self._w_gate_up = place_side_by_side(self.w_gate, self.w_up)
 

@@ -1,8 +1,7 @@
-"""Dense SwiGLU at full strength: the layers a Mixture-of-Channels has to beat, beside those in `layers`.
+"""A dense SwiGLU layer that keeps g and u in fp8, and its custom operators.
 
-`FusedFFN`  gate and up in one matrix product; meant for torch.compile, which fuses the elementwise part.
-`LigerFFN`  Liger's SwiGLU kernel: keeps g and u, recomputes silu(g) in backward (optional extra `liger`).
-`Fp8FFN`    keeps g and u in fp8 with one scale per token: the leanest dense that does not recompute products.
+Among dense methods that do not recompute matrix products it keeps the fewest bytes: x, and one byte for each
+element of g and u.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ FP8_ROUNDOFF = 2.0**-4  # e4m3 has three mantissa bits
 
 
 class Fp8FFN(FfnWeights):
-    """Dense SwiGLU that keeps x, and g and u as fp8 (e4m3) with one float32 scale a token each.
+    """Dense SwiGLU that keeps x, and g and u as fp8 (e4m3) with one float32 scale per token for each.
 
-    The output is exact; gradients see g and u rounded to three mantissa bits, about 2.6 % off each by
-    Frobenius norm.
+    The output is exact. Gradients are computed from g and u rounded to three mantissa bits, a relative error
+    of about 2.6 % each (Frobenius norm).
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Feed-forward layers with int8 weights for decoding: one scale per channel and matrix, symmetric.
+"""Feed-forward layers with int8 weights for decoding: symmetric, one scale per channel and matrix.
 
-Weights alone are narrow; activations and sums are as wide as ever. A channel is one row of each matrix, so
-its scale is a factor of its gate, of its up projection, or of its entry of z, and the kernels apply it there.
+Only weights are int8; activations keep the dtype of x, and sums are in float32. A channel is one row of each
+matrix, so the kernels multiply its scale into its gate, its up projection or its element of z.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from moc.config import FfnShape
 from moc.layers.base import FfnWeights
 from moc.ops.decode import int8_decode
 from moc.reference import FfnGrads, dense_forward_backward, moc_forward_backward
-from moc.selection import Selection
+from moc.selection import Selection, required
 
 INT8_DECODE_TOKENS = 16  # the most that the decoding kernels take
 _LARGEST = 127.0  # of the int8 numbers used: symmetric, so -128 is not
@@ -35,14 +35,14 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantize_rows(rows: Tensor, scales: Tensor) -> Tensor:
-    """What int8 rows [rows, d] and their scales [rows] stand for, exactly: float64 [rows, d]."""
+    """The weight that int8 rows [rows, d] and their scales [rows] represent, exactly: float64 [rows, d]."""
     return rows.double() * scales.double()[:, None]
 
 
 def dense_int8_reference(
     x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, dy: Tensor, _selection: Selection | None
 ) -> FfnGrads:
-    """The truth of `dense_int8`: `moc.reference.dense_forward_backward` of the quantised weights."""
+    """The reference of `dense_int8`: `moc.reference.dense_forward_backward` of the quantised weights."""
     w_gate, w_up, w_down = (dequantize_rows(*quantize_rows(w)) for w in (w_gate, w_up, w_down))
     return dense_forward_backward(x, w_gate, w_up, w_down, dy)
 
@@ -50,21 +50,19 @@ def dense_int8_reference(
 def moc_int8_reference(
     x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, dy: Tensor, selection: Selection | None
 ) -> FfnGrads:
-    """The truth of `moc_int8`: `moc.reference.moc_forward_backward` of the quantised weights."""
-    if selection is None:
-        raise ValueError("this method needs a selection, such as topk:0.1875")
+    """The reference of `moc_int8`: `moc.reference.moc_forward_backward` of the quantised weights."""
     w_gate, w_up, w_down = (dequantize_rows(*quantize_rows(w)) for w in (w_gate, w_up, w_down))
-    return moc_forward_backward(x, w_gate, w_up, w_down, dy, selection)
+    return moc_forward_backward(x, w_gate, w_up, w_down, dy, required(selection))
 
 
 class Int8FFN(FfnWeights):
     """SwiGLU with int8 weights, dense or Mixture-of-Channels, without gradients.
 
-    w_gate, w_up and w_down are the parameters of every other layer; their int8 form is made from them when it
-    is first needed, and again when they have changed: `load_state_dict`, `.to()`, an assignment of data or a
-    write in place all count. torch.compile cannot see that, so there call `freeze` after the last change.
-    Up to INT8_DECODE_TOKENS tokens go through the decoding kernels; for more (a prompt) the weights are
-    widened for each call, which takes longer than GEMMs on weights that are wide.
+    w_gate, w_up and w_down are parameters as in every other layer. They are quantised when int8 weights are
+    first needed, and again after a change (`load_state_dict`, `.to()`, an assignment of data or an in-place
+    write). Compiled code cannot detect a change, so call `freeze` after the last one. Up to
+    INT8_DECODE_TOKENS tokens use the decoding kernels; more tokens (a prompt) use GEMMs on weights that are
+    converted back in each call, which is slower than GEMMs on 16-bit weights.
     """
 
     def __init__(self, shape: FfnShape, selection: Selection | None = None) -> None:
@@ -77,7 +75,7 @@ class Int8FFN(FfnWeights):
         self._made_from: tuple[tuple[int, int], ...] = ()
 
     def freeze(self) -> None:
-        """Make the int8 weights from the parameters as they are now."""
+        """Quantise the parameters as they are now."""
         weights = (self.w_gate, self.w_up, self.w_down)
         with torch.no_grad():
             pairs = [quantize_rows(weight) for weight in weights]
@@ -112,10 +110,3 @@ class Int8FFN(FfnWeights):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, selection={self.selection}"
-
-
-def moc_int8_ffn(shape: FfnShape, selection: Selection | None) -> Int8FFN:
-    """Factory of the method `moc_int8`. Raises ValueError without a selection."""
-    if selection is None:
-        raise ValueError("this method needs a selection, such as topk:0.1875")
-    return Int8FFN(shape, selection)

@@ -1,4 +1,4 @@
-"""MoC layers: plain PyTorch, activation pruning and the Triton kernels."""
+"""Mixture-of-Channels layers: in plain PyTorch, on Triton kernels, and the activation-pruning control."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class MoCFFN(FfnWeights):
     """Mixture-of-Channels SwiGLU that keeps x, compact g and u and a bitmask; see
     `moc.ops.torch_ffn.moc_ffn`.
 
-    A few tokens on a CPU, without gradients, read only the rows of w_up and w_down that they keep; see
-    `moc.ops.gather`. With a `threshold` rule the buffer `overflow_count` (int64, not in the state dict) adds
-    up the channels that the cap left out, over all forward calls, those repeated by activation checkpointing
-    included; zero it to start anew. Raises ValueError if K exceeds d_ffn.
+    For a few tokens on a CPU, without gradients, only the rows of w_up and w_down that are kept are read; see
+    `moc.ops.gather`. With a `threshold` rule the buffer `overflow_count` (int64, not in the state dict) sums
+    the channels that the cap left out over all forward calls, including those repeated by activation
+    checkpointing; zero it to reset. Raises ValueError if K exceeds d_ffn.
     """
 
     overflow_count: Tensor
@@ -64,8 +64,8 @@ class ActPruneFFN(MoCFFN):
 class TritonMoCFFN(MoCFFN):
     """Mixture-of-Channels SwiGLU on Triton kernels; see `moc.ops.triton_ffn.triton_moc_ffn`, also for `fp8`.
 
-    A few tokens without gradients take `moc.ops.decode.moc_decode`; `moc.ops.decode.decode_path` says how
-    many.
+    A few tokens without gradients are computed by `moc.ops.decode.moc_decode`; `moc.ops.decode.decode_path`
+    says up to how many.
     """
 
     def __init__(self, shape: FfnShape, selection: Selection, fp8: bool = False) -> None:
@@ -80,10 +80,9 @@ class TritonMoCFFN(MoCFFN):
         return self
 
     def freeze(self) -> None:
-        """Let one GEMM take w_gate and w_up without a copy.
+        """Place w_gate and w_up side by side in memory, so that one GEMM can use both without a copy.
 
-        Where something else places them (FSDP, another assignment of data) the operator copes, at the cost of
-        a copy.
+        Where they are placed otherwise (by FSDP, or an assignment of data) the operator makes a copy.
         """
         gate, up = self.w_gate.data, self.w_up.data
         if type(gate) is type(up) is Tensor and gate.dtype == up.dtype and gate.device == up.device:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moc.dtypes import KERNEL_DTYPES, torch_dtypes
+
+_DTYPES = torch_dtypes(KERNEL_DTYPES)
 HEAD_DIMS = (16, 32, 64, 128, 256)  # that the kernel takes: powers of two
 
 
 def takes_step(qkv: Tensor, keys: Tensor) -> bool:
     """Whether `attend_step` can be used: a GPU, and a head width and dtype that the kernel takes."""
-    narrow = qkv.dtype in (torch.bfloat16, torch.float16, torch.float32)
-    return qkv.is_cuda and narrow and keys.shape[-1] in HEAD_DIMS
+    return qkv.is_cuda and qkv.dtype in _DTYPES and keys.shape[-1] in HEAD_DIMS
 
 
 @torch.library.custom_op("moc::attend_step", mutates_args=("keys", "values"))

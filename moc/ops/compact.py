@@ -13,14 +13,14 @@ from torch import Tensor
 
 from moc.selection import Selection
 
-_ALIGN = 64  # elements: row strides stay a multiple of 128 bytes, which cuBLAS's fast path wants
+ALIGN = 64  # elements: row strides stay a multiple of 128 bytes, which cuBLAS's fast path wants
 
 
 def keep_mask(g: Tensor, selection: Selection) -> tuple[Tensor, Tensor]:
     """What `moc.reference.select_mask` and `overflow_count` give, for a GPU: (bool [T, d_ffn], int64 scalar).
 
-    Not-a-number ranks as plus infinity: such a gate is kept, so that it reaches the output instead of being
-    hidden. Minus infinity ranks as the lowest finite number.
+    NaN ranks as plus infinity: such a gate is kept and so reaches the output. Minus infinity ranks as the
+    lowest finite number.
     """
     k = selection.k(g.shape[1])
     overflow = torch.zeros((), dtype=torch.int64, device=g.device)
@@ -60,8 +60,8 @@ def _largest_of_row(score: Tensor, k: int) -> Tensor:
 def _largest_of_banks(score: Tensor, n: int, m: int) -> Tensor:
     """Mask of the `n` largest in each bank of `m` neighbours, none of which is minus infinity.
 
-    n rounds of taking the largest of every bank (`max` promises the first of equals). Measured on an H100
-    at [65536, 2048], a sort or top-k of so short rows takes 6 to 32 ms; a round takes about 0.2 ms.
+    In n rounds, each of which takes the largest of every bank (`max` returns the first of equals). On an H100
+    at [65536, 2048] a sort or top-k of such short rows takes 6 to 32 ms, and a round about 0.2 ms.
     """
     n_tokens, d_ffn = score.shape
     n_banks = -(-d_ffn // m)
@@ -108,7 +108,7 @@ class Expander:
 
     def __init__(self, channels: Tensor, d_ffn: int, dtype: torch.dtype) -> None:
         # At least one column more than channels: there the filling of short rows lands.
-        width = (d_ffn // _ALIGN + 1) * _ALIGN
+        width = (d_ffn // ALIGN + 1) * ALIGN
         self._buffer = torch.zeros(channels.shape[0], width, dtype=dtype, device=channels.device)
         self._channels = channels
         self._d_ffn = d_ffn

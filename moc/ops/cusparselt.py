@@ -1,11 +1,11 @@
-"""Products of a 2:4 sparse and a dense matrix by NVIDIA's cuSPARSELt, written where they belong.
+"""Products of a 2:4 sparse and a dense matrix by NVIDIA's cuSPARSELt, written into a given tensor.
 
 PyTorch's own call (`torch._cslt_sparse_mm`) makes a plan each time, 0.5 to 0.9 ms on the host, and allocates
-its result. Here a plan is made once per shape, from the library that PyTorch has loaded, and the result goes
-into a given tensor. The C interface: docs.nvidia.com/cuda/cusparselt, versions 0.8 to 0.10.
+its result. Here a plan is made once per shape, with the library that PyTorch has loaded. The C interface:
+docs.nvidia.com/cuda/cusparselt, versions 0.8 to 0.10.
 
-The first use on a device checks a product against cuBLAS (`usable`), so that another version or GPU for which
-what is assumed here does not hold is told apart from one for which it does.
+On the first use on a device (`usable`) a product is compared with cuBLAS, so that a version or GPU for which
+the assumptions of this file do not hold is detected.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _ALGORITHM = 3
 
 
 def usable(device: torch.device) -> bool:
-    """Whether 2:4 sparse products can be made on this device: once found out by making one."""
+    """Whether 2:4 sparse products work on this device; tried once per device."""
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     return _usable(device.index if device.index is not None else torch.cuda.current_device())

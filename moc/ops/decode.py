@@ -1,8 +1,8 @@
-"""Decoding operators: a feed-forward network for a few tokens, opaque to torch.compile, without gradients.
+"""Decoding operators: a feed-forward network for a few tokens, without gradients.
 
-One token is bound by the bytes of the weights, and Mixture-of-Channels reads only the rows of w_up and w_down
-that some token keeps; with more tokens few rows are left that nobody keeps. `decode_path` says from how many
-tokens on a layer takes GEMMs over all rows and a selection pass in between instead.
+The time of one token is bound by the bytes of the weights, and Mixture-of-Channels reads only those rows of
+w_up and w_down that some token keeps. With more tokens few rows remain that no token keeps; `decode_path`
+says from how many tokens on a layer uses GEMMs over all rows, with the select pass between them, instead.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from moc.config import MAX_D_FFN
+from moc.dtypes import DECODE_DTYPES, torch_dtypes
 from moc.ops.inputs import autocast_cast, check_ffn_inputs, compute_dtype
 from moc.selection import Selection, parse_selection
 
-DECODE_DTYPES = (torch.bfloat16, torch.float16)
-MAX_D_FFN = 65534  # two counts share a 32-bit word
+_DTYPES = torch_dtypes(DECODE_DTYPES)
 
 
 def decode_path(selection: Selection, d_ffn: int, tokens: int, dtype: torch.dtype) -> Literal["rows", "gemm"]:
@@ -27,13 +28,13 @@ def decode_path(selection: Selection, d_ffn: int, tokens: int, dtype: torch.dtyp
     rows, and the select pass.
     """
     few = 1 <= tokens <= most_tokens(selection, d_ffn)
-    return "rows" if few and dtype in DECODE_DTYPES and d_ffn <= MAX_D_FFN else "gemm"
+    return "rows" if few and dtype in _DTYPES and d_ffn <= MAX_D_FFN else "gemm"
 
 
 def most_tokens(selection: Selection, d_ffn: int) -> int:
     """The most tokens for which the decoding kernels are faster; see docs/measured.md, 2026-11-26.
 
-    One token, unless whole banks are shared: of 16 tokens' choices wide banks leave the most rows unread.
+    One token, except for wide banks, of which several tokens leave the most rows unread.
     """
     if (selection.m or 0) < 32:
         return 1
@@ -55,10 +56,10 @@ def moc_decode(
 
     x [..., d] of bfloat16 or float16; w_gate, w_up, w_down [d_ffn, d] of the same dtype, or under
     torch.autocast cast to its dtype first. Returns y [..., d] and the overflow, an int64 scalar: channels
-    that the cap of a `threshold` rule left out (0 for other rules). Where the gates are computed a layer
-    apart from the choice they are rounded to the dtype of x, and so is the rank they get in any case. Bits of
-    y may differ between runs for one token, unless torch.use_deterministic_algorithms is on. Raises
-    ValueError for shapes, dtypes or devices that do not fit, and if K exceeds d_ffn.
+    that the cap of a `threshold` rule left out (0 for other rules). Channels are ranked by gates rounded to
+    the dtype of x; if a kernel of its own computes the gates, z uses the rounded gates, too. Bits of y may
+    differ between runs for one token, unless torch.use_deterministic_algorithms is on. Raises ValueError for
+    shapes, dtypes or devices that do not fit, and if K exceeds d_ffn.
     """
     x, w_gate, w_up, w_down = autocast_cast(x, w_gate, w_up, w_down)
     check_ffn_inputs(x, w_gate, w_up, w_down)

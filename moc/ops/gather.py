@@ -1,8 +1,8 @@
 """Mixture-of-Channels for one or few tokens on a CPU: only the kept rows of w_up and w_down are read.
 
 Bytes: all of w_gate, and 2 K d elements of w_up and w_down instead of 2 d_ffn d. PyTorch has no product with
-chosen rows of a matrix, so rows are copied together first, a cacheful at a time: their copy is read again
-while it is still in the cache, and memory sees each row once.
+selected rows of a matrix, so rows are gathered first, as many at a time as fit in the cache. The product then
+reads the copy from the cache, and each row is read from memory once.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LARGEST_SHARE = 1 / 3  # of the channels, kept by one token
 
 
 def pays(x: Tensor, w_up: Tensor, k: int) -> bool:
-    """Whether reading kept rows only is faster for x [T, d] than computing all channels."""
+    """Whether reading only the kept rows is faster for x [T, d] than computing all channels."""
     tokens, d_ffn = len(x), len(w_up)
     if x.device.type != "cpu" or not 1 <= tokens <= MOST_TOKENS:
         return False

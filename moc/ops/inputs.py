@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from moc.dtypes import BYTES, torch_dtypes
+
+_DTYPES = torch_dtypes(BYTES)
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
@@ -39,9 +41,9 @@ def side_by_side(*matrices: Tensor) -> Tensor | None:
 
 
 def place_side_by_side(*parameters: Tensor) -> Tensor:
-    """Let parameters [rows, d] follow each other in memory, copied only if they do not; all of them as one.
+    """Place parameters [rows, d] side by side in memory, with a copy only if they do not lie so yet.
 
-    They stay parameters of their own, views of what is returned, [count * rows, d] without gradient.
+    Returns all of them as one [count * rows, d] without gradient, of which the parameters are views.
     """
     joined = side_by_side(*(parameter.detach() for parameter in parameters))
     if joined is None:
@@ -63,8 +65,8 @@ def check_ffn_inputs(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) ->
             )
     if x.dim() < 1 or x.shape[-1] != w_gate.shape[1]:
         raise ValueError(f"x has shape {tuple(x.shape)}: its last dimension must be d = {w_gate.shape[1]}")
-    if x.dtype not in FLOAT_DTYPES:
-        raise ValueError(f"x has dtype {x.dtype}; supported: {', '.join(map(str, FLOAT_DTYPES))}")
+    if x.dtype not in _DTYPES:
+        raise ValueError(f"x has dtype {x.dtype}; supported: {', '.join(map(str, _DTYPES))}")
     for name, tensor in (("w_gate", w_gate), ("w_up", w_up), ("w_down", w_down)):
         if compute_dtype(tensor) != compute_dtype(x):
             raise ValueError(f"{name} has dtype {tensor.dtype}, x {x.dtype}: they must be the same")

@@ -1,10 +1,10 @@
-"""Cross-entropy over a large vocabulary, a chunk of tokens at a time: logits never stand whole in memory.
+"""Cross-entropy over a large vocabulary, with the logits of only one chunk of tokens in memory at a time.
 
-Whole logits are several GB at the sizes of a sweep and would hide what a feed-forward method saves, so every
-method of a whole-model comparison uses this loss. The gradients of the mean loss are computed in *forward*,
-chunk by chunk, while a chunk's logits are there (as Liger's fused linear cross-entropy does, arXiv
-2410.10989): recomputing logits in backward would cost a fourth product of tokens x d x vocabulary where these
-three (logits, d_hidden, d_weight) suffice. The price is that d_hidden and d_weight are kept until backward.
+The logits of all tokens take several GB at the sizes of a sweep and would hide the memory that a feed-forward
+method saves, so every method of a whole-model comparison uses this loss. The gradients of the mean loss are
+computed in *forward*, from the logits of each chunk (as Liger's fused linear cross-entropy does, arXiv
+2410.10989): recomputing logits in backward would need a fourth product of tokens x d x vocabulary in addition
+to those of logits, d_hidden and d_weight. In exchange d_hidden and d_weight are kept until backward.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moc.dtypes import KERNEL_DTYPES, torch_dtypes
 from moc.ops.inputs import autocast_cast
 
+_KERNEL_DTYPES = torch_dtypes(KERNEL_DTYPES)
 CHUNK_TOKENS = 2048  # at a vocabulary of 32000: 262 MB of float32 logits
-_TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 IGNORE_INDEX = -100  # targets that count neither in the mean nor in the gradient, as in F.cross_entropy
 
 
@@ -70,11 +71,11 @@ def _softmax_dtype(dtype: torch.dtype) -> torch.dtype:
 def _nats_of_chunk(hidden: Tensor, weight: Tensor, targets: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
     """One chunk: (nats per token [C], 0 where ignored; d nats / d logits [C, vocabulary] if `gradient`).
 
-    The gradient is softmax - one-hot in the dtype of `hidden`; rows of ignored tokens hold anything and are
-    the caller's to leave out. Without `gradient` the second tensor is of no use.
+    The gradient is softmax - one-hot in the dtype of `hidden`. The caller must leave out the rows of ignored
+    tokens, whose values are undefined. Without `gradient` the second tensor is undefined.
     """
     logits = hidden @ weight.T
-    if logits.is_cuda and logits.dtype in _TRITON_DTYPES:
+    if logits.is_cuda and logits.dtype in _KERNEL_DTYPES:
         # imported here because Triton is there on Linux only, and nothing else in this module needs it
         from moc.kernels.cross_entropy import cross_entropy_in_place
 

@@ -5,8 +5,8 @@
 `dense_gu_ffn`  dense: keeps x, g and u [T, d_ffn], and recomputes silu(g) and z.
 
 All three are SwiGLU with channel-major weights: y = (mask * silu(x @ w_gate.T) * (x @ w_up.T)) @ w_down.
-Weights are kept by reference. Second derivatives are not defined. These are PyTorch throughout: full-width
-temporaries stand in memory during a call, only what is *kept* between forward and backward is small.
+Weights are kept by reference. Second derivatives are not defined. Temporaries have the full width d_ffn; only
+what is kept between forward and backward is compact.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def act_prune_ffn(
 ) -> tuple[Tensor, Tensor]:
     """Dense SwiGLU that keeps only the selected channels for backward; arguments and result as `moc_ffn`.
 
-    The control that asks whether Mixture-of-Channels beats pruning what is saved: the same rule applied to
-    the same gates, the same bytes kept, but y is dense and the gradients are those of the masked function.
+    The control for Mixture-of-Channels: the same rule applied to the same gates and the same bytes kept, but
+    y is dense, and the gradients are those of the masked function.
     """
     return _compact_ffn(x, w_gate, w_up, w_down, selection, masked=False)
 

@@ -4,10 +4,10 @@
     backward   dz = dy w_down.T    expand pass: [dg du], z
                dx = [dg du] [w_gate; w_up]    dw_gate, dw_up = [dg du].T x    dw_down = z.T dy
 
-Both work through the tokens in chunks, at least two for a long batch, so that no buffer of full width d_ffn
-is as long as it: [g u] in forward, with z in the place of u, and [dg du] and z in backward, with z in the
-place of dz. Shorter chunks, which would leave [g u] in the L2 cache for the pass, cost the GEMMs more than
-they save the passes (docs/measured.md, 2026-11-26).
+Both process the tokens in chunks, at least two for a long batch, so that buffers of full width d_ffn hold one
+chunk, not the batch: [g u] in forward, with z in the place of u, and [dg du] and z in backward, with z in the
+place of dz. Shorter chunks, which would leave [g u] in the L2 cache for the pass, cost the GEMMs more time
+than they save the passes (docs/measured.md, 2026-11-26).
 
 If a rule keeps at most two of any four neighbouring channels (`nm:2:8`), z and [dg du] are 2:4 sparse: where
 that pays, y and dx are products on sparse tensor cores (`moc.ops.cusparselt`), 1.4 times as fast, of what the
@@ -17,19 +17,20 @@ sparse.
 Kept per token, x apart: K pairs (g, u) in the dtype of x and a bitmask of d_ffn / 8 bytes; with `fp8` K pairs
 in 2 bytes and two float32 scales.
 
-Weights of a wider dtype than x, as under autocast, are cast in forward and once more in backward: that moves
-18 d d_ffn bytes, and keeps none of the 6 d d_ffn per layer that casts would take until backward.
+Weights of a wider dtype than x, as under autocast, are cast in forward and again in backward. That moves
+18 d d_ffn bytes and saves the 6 d d_ffn bytes per layer that casts kept until backward would take.
 
-The weights are three tensors. If w_gate and w_up lie side by side in memory (`moc.layers.moc` arranges it)
-one GEMM takes both. Else forward takes two GEMMs, which moves no byte more, and backward joins them once per
-call (8 d d_ffn bytes at 16 bits). dw_gate and dw_up are views of one tensor. Weight gradients are summed over
-the chunks in their own dtype: at most MAX_CHUNKS - 1 roundings more than in one GEMM, in bf16 0.1 %
-each of what is summed so far, where a float32 sum would double the traffic.
+If w_gate and w_up lie side by side in memory (`moc.layers.moc` places them so) one GEMM uses both. Otherwise
+forward runs two GEMMs, which move the same bytes, and backward copies the two side by side once per call
+(8 d d_ffn bytes at 16 bits). dw_gate and dw_up are views of one tensor. Weight gradients are summed over the
+chunks in their own dtype: at most seven roundings more than in one GEMM, each 0.1 % of the sum so far in
+bf16; a float32 sum would double the traffic.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,21 +38,50 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from moc.config import FfnShape
-from moc.ops.compact import n_words
+from moc.ops.compact import ALIGN, n_words
 from moc.ops.inputs import autocast_cast, check_ffn_inputs, side_by_side
 from moc.selection import Selection, parse_selection
 
 if TYPE_CHECKING:
-    from moc.kernels.passes import Kept
+    from moc.kernels.passes import Kept, Tiling
     from moc.kernels.sparse24 import Sparse24
 
-CHUNK_BYTES = 192 << 20  # of one [tokens, d_ffn]
-MIN_CHUNKS, MAX_CHUNKS = 2, 8  # of a batch longer than
-LONG_BATCH = 4096  # tokens; a shorter one is a single chunk
-CHUNK_MULTIPLE = 128  # tokens: a whole number of a GEMM's tiles
 # From here on 2:4 sparse products pay (docs/measured.md, 2026-11-26); shorter chunks were not measured.
 SPARSE_D_MODEL, SPARSE_TOKENS = 768, 4096
-_ALIGN = 64  # channels: rows start at multiples of 128 bytes, which cuBLAS's fast path and wide accesses want
+
+
+@dataclass(frozen=True)
+class Chunking:
+    """How the tokens of a batch are split into chunks."""
+
+    chunk_bytes: int = 192 << 20  # of one [tokens, d_ffn]
+    fewest: int = 2  # chunks of a long batch
+    most: int = 8
+    long_batch: int = 4096  # tokens; a batch that is not longer is a single chunk
+    multiple: int = 128  # tokens: a whole number of a GEMM's tiles
+
+    def chunks(self, n_tokens: int, token_bytes: int) -> list[slice]:
+        """The chunks of a batch, given the bytes of one token's [d_ffn]."""
+        count = 1
+        if n_tokens > self.long_batch:
+            count = min(self.most, max(self.fewest, round(n_tokens * token_bytes / self.chunk_bytes)))
+        length = -(-n_tokens // (count * self.multiple)) * self.multiple  # equal but for the last
+        return [slice(start, min(start + length, n_tokens)) for start in range(0, n_tokens, max(1, length))]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a training step is split into chunks and its passes are laid out.
+
+    A tiling that is None is chosen by `moc.kernels.passes`.
+    """
+
+    chunking: Chunking = Chunking()
+    select: Tiling | None = None
+    expand: Tiling | None = None
+
+
+LAYOUT = Layout()  # of the operator; measured by harness/tuning/passes.py (docs/measured.md, 2026-11-26)
 
 
 def triton_moc_ffn(
@@ -72,23 +102,14 @@ def triton_moc_ffn(
     return y, overflow
 
 
-def chunks_of(n_tokens: int, token_bytes: int) -> list[slice]:
-    """The chunks of a batch, given the bytes of one token's [d_ffn]."""
-    count = 1
-    if n_tokens > LONG_BATCH:
-        count = min(MAX_CHUNKS, max(MIN_CHUNKS, round(n_tokens * token_bytes / CHUNK_BYTES)))
-    length = -(-n_tokens // (count * CHUNK_MULTIPLE)) * CHUNK_MULTIPLE  # equal but for the last
-    return [slice(start, min(start + length, n_tokens)) for start in range(0, n_tokens, max(1, length))]
-
-
 def backward_scratch_bytes(shape: FfnShape, selection: Selection | None, n_tokens: int, itemsize: int) -> int:
     """Bytes a backward pass allocates beside dx and one weight gradient.
 
-    They are [dg du] and z of one chunk, [dg du] once more where it is also sparse, the two other weight
-    gradients, and w_gate and w_up side by side for where they do not lie so.
+    They are [dg du] and z of one chunk, [dg du] again if it is also stored as 2:4 sparse, the two other
+    weight gradients, and a copy of w_gate and w_up side by side in case they do not lie so.
     """
     token_bytes = _padded(shape.d_ffn) * itemsize
-    length = _longest(chunks_of(n_tokens, token_bytes))
+    length = _longest(LAYOUT.chunking.chunks(n_tokens, token_bytes))
     scratch = token_bytes * (3 * length + 4 * shape.d_model)
     if selection is not None and selection.two_of_four and _may_be_sparse(shape, length, itemsize):
         # values, metadata an eighth of that, and as much again, which cuSPARSELt asks for as workspace
@@ -134,7 +155,7 @@ def _longest(chunks: list[slice]) -> int:
 
 
 def _padded(d_ffn: int) -> int:
-    return -(-d_ffn // _ALIGN) * _ALIGN
+    return -(-d_ffn // ALIGN) * ALIGN
 
 
 @torch.library.custom_op("moc::triton_ffn_forward", mutates_args=())
@@ -142,11 +163,25 @@ def _forward(
     x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, selection: str, fp8: bool, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(y like x, pairs [T, K, 2], scales [T, 2], bitmask [T, words], overflow); what is not kept is empty."""
+    return forward_in_chunks(x, w_gate, w_up, w_down, parse_selection(selection), fp8, keep, LAYOUT)
+
+
+def forward_in_chunks(
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    rule: Selection,
+    fp8: bool,
+    keep: bool,
+    layout: Layout,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What the operator of `triton_moc_ffn` computes, with its results, in a given layout."""
     from moc.kernels.passes import select_pass
     from moc.kernels.sparse24 import metadata_pass
     from moc.ops.cusparselt import sparse_mm
 
-    rule, d_ffn = parse_selection(selection), w_gate.shape[0]
+    d_ffn = w_gate.shape[0]
     y, pairs, scales, bitmask, overflow = _empty_outputs(x, w_gate, rule, fp8, keep)
     if rule.rule == "threshold" or x.numel() == 0:
         overflow.zero_()  # else the select pass does it
@@ -155,7 +190,7 @@ def _forward(
     width, size = _padded(d_ffn), x.element_size()
     kept = _kept(pairs, scales, bitmask) if keep else None
     joined = _whole_tiles(w_gate, w_up)
-    chunks = chunks_of(x.shape[0], width * size)
+    chunks = layout.chunking.chunks(x.shape[0], width * size)
     buffer = x.new_empty(_longest(chunks), 2 * width)
     halves = None
     if kept is not None and rule.two_of_four and _is_sparse(x, w_down, _longest(chunks)):
@@ -173,11 +208,11 @@ def _forward(
             rows = kept.rows(chunk) if kept else None
             sparse = _sparse_rows(halves, chunk, d_ffn, x.dtype)
             if sparse is not None and rows is not None:
-                select_pass(g, u, sparse.values, rule, rows, overflow, sparse=True)
+                select_pass(g, u, sparse.values, rule, rows, overflow, layout.select, sparse=True)
                 metadata_pass(rows.bitmask, sparse)
                 sparse_mm(sparse, w_down, flat_y[chunk])
             else:
-                select_pass(g, u, u, rule, rows, overflow)
+                select_pass(g, u, u, rule, rows, overflow, layout.select)
                 torch.mm(u, w_down, out=flat_y[chunk])  # u is z now
     return y, pairs, scales, bitmask, overflow
 
@@ -197,7 +232,7 @@ def _whole_tiles(w_gate: Tensor, w_up: Tensor) -> Tensor | None:
 
 
 def _joined(w_gate: Tensor, w_up: Tensor) -> Tensor:
-    """[w_gate; 0; w_up; 0], each padded to a multiple of _ALIGN rows."""
+    """[w_gate; 0; w_up; 0], each padded to a multiple of ALIGN rows."""
     joined = _whole_tiles(w_gate, w_up)
     if joined is None:
         d_ffn, d = w_gate.shape
@@ -247,6 +282,22 @@ def _backward(
     two_of_four: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx like x, dw_gate and dw_up in one [2, padded d_ffn, d], dw_down [d_ffn, d])."""
+    return backward_in_chunks(dy, x, pairs, scales, bitmask, w_gate, w_up, w_down, two_of_four, LAYOUT)
+
+
+def backward_in_chunks(
+    dy: Tensor,
+    x: Tensor,
+    pairs: Tensor,
+    scales: Tensor,
+    bitmask: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    two_of_four: bool,
+    layout: Layout,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of `forward_in_chunks` from what it kept, in a given layout."""
     from moc.kernels.passes import expand_pass
     from moc.kernels.sparse24 import metadata_pass
     from moc.ops.cusparselt import sparse_mm
@@ -258,7 +309,7 @@ def _backward(
     n_tokens, width, size = x.shape[0], _padded(d_ffn), x.element_size()
     kept = _kept(pairs, scales, bitmask)
     w_gu, dw_joined = _joined(w_gate, w_up), dw_gu.flatten(0, 1)
-    chunks = chunks_of(n_tokens, width * size)
+    chunks = layout.chunking.chunks(n_tokens, width * size)
     dgu_buffer, z_buffer = x.new_empty(_longest(chunks), 2 * width), x.new_empty(_longest(chunks), width)
     halves = None
     if two_of_four and _is_sparse(x, w_down, _longest(chunks)):
@@ -272,7 +323,7 @@ def _backward(
             torch.mm(dy[chunk], w_down.T, out=z[:, :d_ffn])  # dz, in whose place z comes
             sparse, rows = _sparse_rows(halves, chunk, 2 * d_ffn, x.dtype), kept.rows(chunk)
             values = None if sparse is None else sparse.values
-            expand_pass(z[:, :d_ffn], rows, dgu[:, :width], dgu[:, width:], z, sparse=values)
+            expand_pass(z[:, :d_ffn], rows, dgu[:, :width], dgu[:, width:], z, layout.expand, values)
             if sparse is not None:
                 metadata_pass(rows.bitmask, sparse)
                 sparse_mm(sparse, w_gu, flat_dx[chunk])

@@ -17,7 +17,17 @@ from typing import Any
 import pytest
 
 from harness.regression.budget import check as budget
-from harness.regression.budget.check import BUDGET, PARTS, ROOT, Deviation, Facts, deviations, dump, main
+from harness.regression.budget.check import (
+    BUDGET,
+    ENVIRONMENTS,
+    ROOT,
+    Deviation,
+    Facts,
+    Part,
+    check,
+    deviations,
+    dump,
+)
 
 # What is replaced in a copy, by a regular expression, and by what.
 MUTATIONS = {
@@ -73,7 +83,7 @@ def mutated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def deviating(part: str, root: Path) -> dict[str, Deviation]:
     """Where the facts that were collected of a part deviate from the committed budget, by what they say."""
-    environment = {**os.environ, **PARTS[part], "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(root)}
+    environment = {**os.environ, **ENVIRONMENTS[part], "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(root)}
     command = [sys.executable, "-c", COLLECT[part]]
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -159,17 +169,17 @@ def test_check_and_update(
     monkeypatch.setattr(budget, "BUDGET", tmp_path / "budget.json")
     monkeypatch.setattr(budget, "collect", lambda _parts: found)
     monkeypatch.delenv("CI", raising=False)
-    assert main(["--update"]) == 0
-    assert {main([]) for _ in range(20)} == {0}
+    assert check(list(Part), update=True) == 0
+    assert {check(list(Part), update=False) for _ in range(20)} == {0}
     found["methods"]["a: saved"] = 6
     capsys.readouterr()
-    assert main([]) == 3
+    assert check(list(Part), update=False) == 3
     assert capsys.readouterr().out.splitlines() == [
         "methods: a: saved: was 5, is 6 (+20.0 %) (accept: make bench-update)",
         "4 facts, 1 deviate from budget.json",
     ]
-    assert main(["--update"]) == 0
-    assert main([]) == 0
+    assert check(list(Part), update=True) == 0
+    assert check(list(Part), update=False) == 0
 
 
 def test_a_version_that_is_not_known(
@@ -180,17 +190,17 @@ def test_a_version_that_is_not_known(
     monkeypatch.setattr(budget, "BUDGET", tmp_path / "budget.json")
     monkeypatch.setattr(budget, "collect", lambda _parts: found)
     monkeypatch.delenv("CI", raising=False)
-    main(["--update"])
+    check(list(Part), update=True)
     found["kernels triton 3.8.0"] = {"k: registers": 64}
     del found["kernels triton 3.7.1"]
-    assert main([]) == 0
+    assert check(list(Part), update=False) == 0
     assert (
         "not judged: kernels triton 3.8.0; budget.json knows kernels triton 3.7.1" in capsys.readouterr().out
     )
     monkeypatch.setenv("CI", "true")
-    assert main([]) == 3
-    main(["--update"])
-    assert main([]) == 0
+    assert check(list(Part), update=False) == 3
+    check(list(Part), update=True)
+    assert check(list(Part), update=False) == 0
     assert set(json.loads((tmp_path / "budget.json").read_text())) == {*found, "kernels triton 3.7.1"}
 
 

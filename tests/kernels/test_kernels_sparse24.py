@@ -11,6 +11,7 @@ from moc.kernels.passes import Kept, expand_pass, select_pass
 from moc.kernels.sparse24 import Sparse24, compressed_bytes, metadata_pass
 from moc.ops import cusparselt
 from moc.ops.compact import pack_bitmask
+from moc.ops.triton_ffn import Chunking, Layout
 from moc.reference import moc_forward_backward
 from moc.selection import parse_selection
 
@@ -144,8 +145,7 @@ def test_the_operator_with_sparse_products(
 
     monkeypatch.setattr("moc.ops.cusparselt.sparse_mm", product)
     monkeypatch.setattr("moc.ops.triton_ffn._is_sparse", lambda *_: True)
-    monkeypatch.setattr("moc.ops.triton_ffn.LONG_BATCH", 60)
-    monkeypatch.setattr("moc.ops.triton_ffn.CHUNK_MULTIPLE", 64)
+    monkeypatch.setattr("moc.ops.triton_ffn.LAYOUT", Layout(Chunking(long_batch=60, multiple=64)))
     layer = make(32, 128, "nm:2:8", DTYPES[dtype], device, fp8)
     x, dy = tokens(69, 32, DTYPES[dtype], device)
     actual = run(layer, x, dy)

@@ -1,8 +1,5 @@
 """`python -m harness.regression.budget`."""
 
-import sys
+from harness.regression.budget.check import app
 
-from harness.regression.budget.check import main
-
-if __name__ == "__main__":
-    sys.exit(main())
+app(prog_name=f"python -m {__package__}")

@@ -1,11 +1,12 @@
 """What can be known exactly without a GPU, and whether it is what budget.json says.
 
-    python -m harness.regression.budget             every deviation from budget.json, one a line; exit code 3
-    if any python -m harness.regression.budget --update    write what is found to budget.json python -m
-    harness.regression.budget methods     one part of it alone, or several
+    python -m harness.regression.budget             every deviation, one a line; exit code 3 if there is any
+    python -m harness.regression.budget --update    write what is found to budget.json
+    python -m harness.regression.budget methods     one part of it alone, or several
 
 Nothing here is a time. A part is a module `harness.regression.budget.PART` whose `collect` gives facts by
-section; each runs in a process of its own that sees no GPU, so that the facts are the same on every machine.
+section; each runs in a process of its own that sees no GPU and has an empty cache folder, so that the facts
+are the same on every machine.
 A section whose name ends in a version (of Triton, of Python) holds only there; those of other versions stay
 as they are.
 
@@ -14,16 +15,21 @@ The file has one fact a line in a fixed order, so the diff of an update says wha
 
 from __future__ import annotations
 
-import argparse
+import enum
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+import typer
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 ROOT = Path(__file__).resolve().parents[3]
 BUDGET = ROOT / "budget.json"
 UPDATE = "make bench-update"
@@ -32,13 +38,22 @@ EXIT_DEVIATES = 3
 Fact = int | str
 Facts = dict[str, dict[str, Fact]]  # section -> what -> value
 
-# Part -> what its process needs in the environment. Kernels are compiled where they are not interpreted.
-PARTS: dict[str, dict[str, str]] = {
+
+class Part(enum.StrEnum):
+    """A module of this folder that collects facts."""
+
+    kernels = "kernels"
+    methods = "methods"
+    variants = "variants"
+    rows = "rows"
+    startup = "startup"
+
+
+# What the process of a part needs in its environment. Kernels are compiled where they are not interpreted.
+ENVIRONMENTS: dict[str, dict[str, str]] = {
     "kernels": {"TRITON_INTERPRET": "0"},
     "methods": {"TRITON_INTERPRET": "1"},
     "variants": {"TRITON_INTERPRET": "0"},
-    "rows": {},
-    "startup": {},
 }
 
 
@@ -82,16 +97,18 @@ def collect(parts: Iterable[str], root: Path = ROOT) -> Facts:
 
 
 def _collect_part(part: str, root: Path) -> Facts:
-    environment = {
-        **os.environ,
-        **PARTS[part],
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-        # Before anything else: another copy of the code may be installed.
-        "PYTHONPATH": os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH")))),
-    }
-    command = [sys.executable, "-m", f"harness.regression.budget.{part}"]
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
+    command = [sys.executable, "-m", f"{__package__}.{part}"]
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {
+            **os.environ,
+            **ENVIRONMENTS.get(part, {}),
+            "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": "1",
+            "MOCBENCH_CACHE": cache,
+            # Before anything else: another copy of the code may be installed.
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH")))),
+        }
+        done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
     facts: Facts = json.loads(done.stdout.splitlines()[-1])
@@ -154,16 +171,10 @@ def check(parts: Sequence[str], update: bool) -> int:
     return EXIT_DEVIATES if judged else 0
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Check or update; 3 if something deviates."""
-    parser = argparse.ArgumentParser(
-        prog="python -m harness.regression.budget",
-        description=__doc__.partition("\n")[0] if __doc__ else None,
-    )
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; default: all")
-    parser.add_argument("--update", action="store_true", help=f"write {BUDGET.name}")
-    options = parser.parse_args(arguments)
-    wrong = [part for part in options.parts if part not in PARTS]
-    if wrong:
-        parser.error(f"{wrong[0]} is not a part; valid: {', '.join(PARTS)}")
-    return check(options.parts or list(PARTS), options.update)
+@app.command(help=__doc__ and __doc__.partition("\n")[0])
+def main(
+    parts: Annotated[list[Part] | None, typer.Argument(help="which parts; all if none is named")] = None,
+    update: Annotated[bool, typer.Option("--update", help=f"write {BUDGET.name}")] = False,
+) -> None:
+    """Check or update; exit code 3 if something deviates."""
+    raise typer.Exit(check(parts or list(Part), update))

@@ -156,12 +156,12 @@ def _attend(variant: Variant, _capability: int) -> _Launch:
 
 def _loss(variant: Variant, _capability: int) -> _Launch:
     """The loss, as `moc.kernels.cross_entropy` launches it in training."""
-    from moc.kernels import cross_entropy as loss_kernel
+    from moc.kernels import cross_entropy
 
-    kernel = loss_kernel._cross_entropy_kernel
+    kernel = cross_entropy.cross_entropy_kernel
     types = dict.fromkeys(kernel.arg_names, "i32")
     types |= {"logits_ptr": f"*{variant.dtype}", "targets_ptr": "*i64", "nats_ptr": "*fp32"}
-    return _Launch(kernel, {"GRADIENT": True, "BLOCK": loss_kernel._BLOCK}, types, 8)
+    return _Launch(kernel, {"GRADIENT": True, "BLOCK": cross_entropy.BLOCK}, types, 8)
 
 
 def _decode(variant: Variant, capability: int) -> _Launch:

@@ -10,12 +10,13 @@ import importlib.util
 import io
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.measure import launch, roofline
+import torch
+
+from harness.measure import roofline
 from harness.regression.budget.check import Facts
 from harness.run.trial import run_job
 from harness.sweep.catalog import WORKLOADS
@@ -32,41 +33,43 @@ TINY: dict[str, dict[str, Any]] = {
     "generate": {**_MODEL, "batch": 2, "seq_len": 8},
     "pretrain": {**_MODEL, "batch": 8, "seq_len": 16, "train_tokens": 1280, "eval_tokens": 256, "lr": 1e-2},
 }
-RIVALS = (("dense", None), ("moc_reference", "threshold:0.5:0.25"))  # the rule with a row of its own
+METHODS = (("dense", None), ("moc_reference", "threshold:0.5:0.25"))  # the rule with a row of its own
 
 
 def collect() -> Facts:
-    """The metrics of a point's rows, in one line, by workload and rival."""
-    # Nothing below depends on how long a flush is or how fast the machine is.
-    launch.MAX_CPU_FLUSH_BYTES = 2**16
+    """The metrics of a point's rows, in one line, by workload and method.
+
+    Raises RuntimeError unless the cache folder of this process, `MOCBENCH_CACHE`, is there and empty.
+    """
+    folder = os.environ.get("MOCBENCH_CACHE")
+    if folder is None or any(Path(folder).iterdir()):
+        raise RuntimeError(f"made-up ceilings need an empty cache folder: run python -m {__package__} rows")
+    # Measuring them would take most of the time, and no row's name depends on them.
     rates = dict.fromkeys(("fp64", "fp32", "fp16", "bf16"), 1e9)
-    roofline.ensure_ceilings = lambda device: roofline.Ceilings(1e9, rates)
+    roofline.store_ceilings(torch.device("cpu"), roofline.Ceilings(1e9, rates))
+    source = _text(Path(folder))
     facts: Facts = {"rows": {}}
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["MOCBENCH_CACHE"] = folder
-        source = _text(Path(folder))
-        for workload in WORKLOADS:
-            if importlib.util.find_spec(f"harness.workloads.{workload}") is None:
-                continue
-            if workload not in TINY:
-                facts["rows"][workload] = f"no tiny point in {Path(__file__).name}"
-                continue
-            points = [Point(workload=workload, method=m, selection=r, **TINY[workload]) for m, r in RIVALS]
-            jobs = [points] if WORKLOADS[workload].grouped else [[point] for point in points]
-            for job in jobs:
-                metrics = _metrics(job, folder, source)
-                for point in job:
-                    name = " ".join(filter(None, (point.method, point.selection)))
-                    facts["rows"][f"{workload}: {name}"] = " ".join(sorted(metrics[point.key]))
+    for workload in WORKLOADS:
+        if importlib.util.find_spec(f"harness.workloads.{workload}") is None:
+            continue
+        if workload not in TINY:
+            facts["rows"][workload] = f"no tiny point in {Path(__file__).name}"
+            continue
+        points = [Point(workload=workload, method=m, selection=r, **TINY[workload]) for m, r in METHODS]
+        for job in [points] if WORKLOADS[workload].grouped else [[point] for point in points]:
+            metrics = _metrics(job, folder, source)
+            for point in job:
+                name = " ".join(filter(None, (point.method, point.selection)))
+                facts["rows"][f"{workload}: {name}"] = " ".join(sorted(metrics[point.key]))
     return facts
 
 
 def _metrics(points: Sequence[Point], folder: str, source: str) -> dict[str, list[str]]:
     """The metrics of the rows that one job leaves for each of its points, by point_key."""
-    measure = Measure(timing=Timing(rel_ci=0.99, max_seconds=5.0))
+    measure = Measure(timing=Timing(rel_ci=0.99, max_seconds=1e-3))  # two rounds of each timing
     stream = io.StringIO()
     if run_job(Job("budget", "run", 1, tuple(points), measure, "cpu", folder, source), stream):
-        raise RuntimeError(f"{points[0].label} or a rival crashed; the traceback stands above")
+        raise RuntimeError(f"{points[0].label} or another method crashed; the traceback stands above")
     events = [json.loads(line) for line in stream.getvalue().splitlines()]
     return {
         event["point_key"]: [row["metric"] for row in event["rows"]]

@@ -10,32 +10,27 @@ have written is whatever was in memory, so no number that is computed here means
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
-import pkgutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from types import ModuleType
 from typing import Any
-from unittest import mock
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-import moc
 from harness.measure.ffn import DTYPES, natural_tensors
 from harness.regression.budget.check import Fact, Facts
 from moc.config import FfnShape
+from moc.kernels.primitives import pretended_gpu
 from moc.methods import METHODS, Method
 from moc.selection import parse_selection
 
-CAPABILITY = 90
+CAPABILITY = (9, 0)
 SHAPE = FfnShape(16, 320)
 TOKENS = (1, 2, 7, 16, 127, 128, 300)
 FRACTIONS = (0.125, 0.1875, 0.25, 0.5)
 RULE = "topk:0.1875"
-_REFUSALS = {"_check", "_check_tensors"}  # what in `moc` refuses tensors that are not on a GPU
 
 
 def collect() -> Facts:
@@ -47,7 +42,7 @@ def _kernels() -> Iterator[tuple[str, Fact]]:
     for method in METHODS.values():
         if method.requires is not None:
             continue
-        with _pretended_gpu() as asked:
+        with _launches_nothing() as asked:
             for dtype in sorted(method.dtypes & set(DTYPES)):
                 asked.clear()
                 for tokens in TOKENS:
@@ -87,13 +82,13 @@ def _graphs() -> Iterator[tuple[str, Fact]]:
         layer = method.make(SHAPE, selection)
         x = torch.randn(16, SHAPE.d_model, requires_grad=True)
         torch._dynamo.reset()
-        with _pretended_gpu():
+        with _launches_nothing():
             found = torch._dynamo.explain(layer)(x)
         yield f"{method.name}: graphs of a forward pass", found.graph_count
 
 
 @contextlib.contextmanager
-def _pretended_gpu() -> Iterator[list[tuple[str, str]]]:
+def _launches_nothing() -> Iterator[list[tuple[str, str]]]:
     """Kernels are launched on CPU tensors as if they were on a GPU; gives each launch's (kernel, variant)."""
     asked: list[tuple[str, str]] = []
 
@@ -102,35 +97,20 @@ def _pretended_gpu() -> Iterator[list[tuple[str, str]]]:
         return True  # as if another had compiled it
 
     triton.runtime.driver.set_active(_Driver())
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(triton.knobs.runtime.scope())
+    with triton.knobs.runtime.scope(), pretended_gpu(CAPABILITY):
         triton.knobs.runtime.jit_cache_hook = refuse
-        patch = stack.enter_context
-        capability = divmod(CAPABILITY, 10)
-        patch(mock.patch.object(torch.cuda, "get_device_capability", return_value=capability))
-        for module in _modules_of_moc():
-            for name in _REFUSALS & set(vars(module)):
-                patch(mock.patch.object(module, name))
         yield asked
 
 
 class _Driver:
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", CAPABILITY, 32)
+        return GPUTarget("cuda", 10 * CAPABILITY[0] + CAPABILITY[1], 32)
 
     def get_current_device(self) -> int:
         return 0
 
     def get_current_stream(self, _device: int) -> int:
         return 0
-
-
-def _modules_of_moc() -> Iterator[ModuleType]:
-    for info in pkgutil.iter_modules(moc.__path__, "moc."):
-        yield importlib.import_module(info.name)
-    kernels = importlib.import_module("moc.kernels")
-    for info in pkgutil.iter_modules(kernels.__path__, "moc.kernels."):
-        yield importlib.import_module(info.name)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,5 @@
 """Chunked cross-entropy against the plain one."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 
 import pytest
@@ -138,43 +135,6 @@ def test_compiles_without_a_graph_break(small_chunks: int) -> None:
         strict=True,
     ):
         torch.testing.assert_close(a, b)
-
-
-INTERPRETED = """
-import torch, torch.nn.functional as F
-from moc.kernels.cross_entropy import cross_entropy_in_place
-torch.manual_seed(0)
-for vocabulary, dtype in ((5003, torch.float32), (50, torch.float32), (4097, torch.float16)):
-    logits = (4 * torch.randn(9, vocabulary + 3)).to(dtype)[:, :vocabulary]
-    targets = torch.randint(0, vocabulary, (9,))
-    targets[2], targets[5] = -100, vocabulary
-    before = logits.double().requires_grad_()
-    plain = F.cross_entropy(before, targets.where(targets < vocabulary, -100), reduction="none")
-    (gradient,) = torch.autograd.grad(plain.sum(), before)
-    for keep in (False, True):
-        nats = cross_entropy_in_place(logits, targets, -100, keep)
-        assert nats[5].isnan() and nats[2] == 0
-        assert float((nats.double() - plain).nan_to_num().abs().max()) < 1e-4
-        if not keep:
-            assert torch.equal(logits.double(), before)
-    counted = [0, 1, 3, 4, 6, 7, 8]
-    tolerance = 1e-6 if dtype == torch.float32 else 1e-3
-    assert float((logits.double() - gradient)[counted].abs().max()) < tolerance
-print("ok")
-"""
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel itself runs in test_moc_gpu.py")
-def test_kernel_in_the_interpreter() -> None:
-    """Triton's interpreter: nats and gradient in place, rows apart, ignored and impossible targets."""
-    pytest.importorskip("triton")
-    run = subprocess.run(
-        [sys.executable, "-c", INTERPRETED],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.stdout == "ok\n", run.stderr
 
 
 @pytest.mark.parametrize(

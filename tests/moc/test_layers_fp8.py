@@ -1,12 +1,10 @@
-"""The strong dense rivals: same function as plain dense, and what they keep."""
-
-import copy
+"""The dense layer that keeps g and u in fp8: output, gradients and what is kept."""
 
 import pytest
 import torch
 
 from moc import FfnShape, get_method
-from moc.layers.dense import DenseFFN, FusedFFN
+from moc.layers.dense import DenseFFN
 from moc.layers.fp8 import FP8_MAX, Fp8FFN, to_fp8
 from moc.reference import dense_forward_backward
 
@@ -23,44 +21,6 @@ def data(dtype: torch.dtype, tokens: int = 40) -> tuple[torch.Tensor, torch.Tens
 def relative(found: torch.Tensor, truth: torch.Tensor) -> float:
     """Relative Frobenius error."""
     return float((found.double() - truth).norm() / truth.norm())
-
-
-def test_fused_dense_is_dense() -> None:
-    """One product for gate and up gives output and gradients of the float64 reference."""
-    layer = FusedFFN(SHAPE).double()
-    x, dy = data(torch.float64)
-    x.requires_grad_()
-    layer(x).backward(dy)
-    truth = dense_forward_backward(x.detach(), *(weight.detach() for weight in layer.parameters()), dy)
-    found = (x.grad, layer.w_gate.grad, layer.w_up.grad, layer.w_down.grad)
-    for gradient, expected in zip(found, (truth.dx, truth.dw_gate, truth.dw_up, truth.dw_down), strict=True):
-        assert gradient is not None
-        assert relative(gradient, expected) < 1e-14
-
-
-def test_fused_dense_frozen_follows_its_weights() -> None:
-    """Frozen, it is still dense after a weight is written in place, moved to a dtype, copied or replaced."""
-    layer, plain = FusedFFN(SHAPE).double(), DenseFFN(SHAPE).double()
-    x, _dy = data(torch.float64)
-
-    def check(layer: FusedFFN) -> None:
-        plain.load_state_dict(layer.state_dict())
-        with torch.no_grad():
-            torch.testing.assert_close(layer(x), plain(x), rtol=1e-12, atol=1e-12)
-
-    layer.freeze()
-    check(layer)
-    layer.load_state_dict({name: 2 * weight for name, weight in layer.state_dict().items()})
-    check(layer)
-    layer.float().double()
-    check(layer)
-    layer.freeze()
-    frozen = layer.w_gate.data_ptr()
-    layer.freeze()
-    assert layer.w_gate.data_ptr() == frozen  # what already lies side by side is not copied
-    other = copy.deepcopy(layer)
-    other.w_up.data = -layer.w_up.data
-    check(other)
 
 
 def test_fp8_dense_has_the_exact_output_and_gradients_rounded_to_three_bits() -> None:
@@ -119,10 +79,3 @@ def test_fp8_dense_passes_opcheck() -> None:
         torch.ops.moc.dense_fp8_forward.default,
         (x.requires_grad_(), layer.w_gate, layer.w_up, layer.w_down),
     )
-
-
-def test_a_method_whose_package_is_missing_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the optional extra, Liger is unsupported and names what is not installed."""
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    reason = get_method("dense_liger").unsupported_reason(SHAPE, None, "bf16", "cuda")
-    assert reason == "method dense_liger needs the package liger_kernel, which is not installed"

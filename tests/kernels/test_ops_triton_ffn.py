@@ -11,9 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from harness.measure import memory
 from moc import METHODS, FfnShape, Llama, LlamaConfig, MoCFFN, parse_selection
-from moc.layers.moc import TritonMoCFFN, moc_ffn, moc_fp8_ffn
+from moc.layers.moc import TritonMoCFFN
 from moc.ops.compact import n_words, unpack_bitmask
-from moc.ops.triton_ffn import CHUNK_BYTES, chunks_of, triton_moc_ffn
+from moc.ops.triton_ffn import Chunking, Layout, triton_moc_ffn
 from moc.reference import FfnGrads, moc_forward_backward, select_mask
 
 RULES = ["topk:0.1875", "topk_abs:0.25", "nm:2:8", "nm:12:64", "threshold:0.1:0.25"]
@@ -63,10 +63,9 @@ def test_several_chunks_give_what_one_gives(device: str, monkeypatch: pytest.Mon
     layer = make(8, 75, "topk:0.2", torch.float32, device)
     x, dy = tokens(11, 8, torch.float32, device)
     whole = run(layer, x, dy)
-    monkeypatch.setattr("moc.ops.triton_ffn.CHUNK_MULTIPLE", 1)
-    monkeypatch.setattr("moc.ops.triton_ffn.LONG_BATCH", 10)
-    monkeypatch.setattr("moc.ops.triton_ffn.CHUNK_BYTES", 4 * 128 * 4)
-    assert len(chunks_of(11, 128 * 4)) == 3
+    small = Chunking(chunk_bytes=4 * 128 * 4, long_batch=10, multiple=1)
+    assert len(small.chunks(11, 128 * 4)) == 3
+    monkeypatch.setattr("moc.ops.triton_ffn.LAYOUT", Layout(small))
     assert_same(run(layer, x, dy), whole, 1e-6)
 
 
@@ -75,12 +74,12 @@ def test_several_chunks_give_what_one_gives(device: str, monkeypatch: pytest.Mon
 )
 def test_chunks_of_a_batch(n_tokens: int, count: int) -> None:
     """A long batch has two to eight chunks, a short one is one; they follow each other, in whole tiles."""
-    chunks = chunks_of(n_tokens, token_bytes=11008)
+    chunks = Chunking().chunks(n_tokens, token_bytes=11008)
     assert len(chunks) == count
     assert [token for chunk in chunks for token in range(n_tokens)[chunk]] == list(range(n_tokens))
     assert all((chunk.stop - chunk.start) % 128 == 0 for chunk in chunks[:-1])
     if count < 8:
-        assert all((chunk.stop - chunk.start) * 11008 < 1.1 * CHUNK_BYTES for chunk in chunks)
+        assert all((chunk.stop - chunk.start) * 11008 < 1.1 * Chunking().chunk_bytes for chunk in chunks)
 
 
 def test_weights_lie_side_by_side(device: str) -> None:
@@ -127,11 +126,11 @@ def test_fp8_keeps_gate_and_up_to_three_bits(rule: str, device: str) -> None:
     assert_same(actual, expected, 2e-6)
 
 
-@pytest.mark.parametrize(("factory", "bytes_per_k"), [(moc_ffn, 4), (moc_fp8_ffn, 2)], ids=["moc", "moc_fp8"])
-def test_what_is_saved(factory: object, bytes_per_k: int, device: str) -> None:
+@pytest.mark.parametrize(("name", "bytes_per_k"), [("moc", 4), ("moc_fp8", 2)])
+def test_what_is_saved(name: str, bytes_per_k: int, device: str) -> None:
     """A token keeps x, K pairs, a bitmask, and with fp8 two scales for backward; no more."""
     shape, rule = FfnShape(32, 200), parse_selection("topk:0.2")
-    layer = factory(shape, rule).to(device, torch.bfloat16)  # type: ignore[operator]
+    layer = METHODS[name].make(shape, rule).to(device, torch.bfloat16)
     saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -143,7 +142,7 @@ def test_what_is_saved(factory: object, bytes_per_k: int, device: str) -> None:
         layer(x)
     for parameter in layer.parameters():
         saved.pop(parameter.untyped_storage().data_ptr(), None)
-    scales = 8 if factory is moc_fp8_ffn else 0
+    scales = 8 if name == "moc_fp8" else 0
     assert sum(saved.values()) == 7 * (2 * 32 + bytes_per_k * 40 + 4 * n_words(200) + scales)
 
 
@@ -351,9 +350,9 @@ def test_errors_name_what_is_wrong(device: str) -> None:
         triton_moc_ffn(x, w, w.T, w, parse_selection("topk:3"))
     with pytest.raises(ValueError, match="keep=False on inputs that require a gradient"):
         torch.ops.moc.triton_ffn_forward(x.requires_grad_(), w, w, w, "topk:3", False, False)
-    for factory in (moc_ffn, moc_fp8_ffn):
+    for name in ("moc", "moc_fp8", "moc_int8"):
         with pytest.raises(ValueError, match="needs a selection, such as topk"):
-            factory(FfnShape(8, 20), None)
+            METHODS[name].make(FfnShape(8, 20), None)
 
 
 def test_matrix_products_are_counted(device: str) -> None:
