@@ -44,7 +44,7 @@ def read_rows(folder: Path) -> pd.DataFrame:
     """
     path = folder / "rows.jsonl"
     if not path.exists() and (folder / "rows.parquet").exists():
-        return typed(pd.read_parquet(folder / "rows.parquet"))
+        return typed(pd.read_parquet(folder / "rows.parquet").reindex(columns=list(COLUMNS)))
     current: dict[PointPlace, list[dict[str, Any]]] = {}
     for batch in whole_batches(read_lines(path)):
         known = current.get(place(batch[-1]))
