@@ -48,7 +48,7 @@ plan: $(READY) ## print what `make sweep` would measure, without running it
 	$(MOCBENCH) plan $(RUN_OPTIONS)
 
 status: $(READY) ## list what is measured, what is missing and what failed
-	$(MOCBENCH) status $(SWEEP)
+	$(MOCBENCH) status $(SWEEP) $(ARGS)
 
 report: $(READY) ## rebuild the tables, plots and report of SWEEP from its rows
 	$(MOCBENCH) report $(SWEEP)

@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from harness.errors import SpecError
+from harness.errors import UserError
 from harness.sweep.load import load_sweep
 from harness.sweep.model import Sweep
 
@@ -30,7 +30,6 @@ data_app = typer.Typer(help="Text sources: look at one, or tokenise it before a 
 app.add_typer(data_app, name="data")
 
 RESULTS = Path("results")
-STATUS_LOG_LINES = 3  # of the up to forty that are kept
 QUICK, FIRST_GPU = Path("sweeps/quick.yaml"), Path("sweeps/h100_first.yaml")
 
 
@@ -164,33 +163,11 @@ def plan(
 def status(
     sweep: SweepArgument = None, device: DeviceOption = Device.auto, results: ResultsOption = RESULTS
 ) -> None:
-    """What is measured and what failed, by device, with the last lines that failed processes wrote."""
-    from harness.store.files import failure_log
-    from harness.store.frames import read_rows, wide
+    """What is measured, what is missing and what failed, by device; failures with the end of their log."""
+    from harness.run.status import print_status
 
-    console = Console(markup=False)  # what rows say is text, not markup
     _, model = _load(sweep, _device(device), None)
-    folder = results / model.name
-    if not (folder / "rows.jsonl").exists():
-        raise SpecError(f"{folder}: nothing is measured yet; run the sweep first")
-    rows = read_rows(folder)
-    points = wide(rows)
-    keys = ["device_name", "point_key"]
-    runs = rows.drop_duplicates(keys).set_index(keys)["run_id"]
-    table = Table("device", "workload", "status", "points", title=str(folder))
-    for key, count in points.groupby(["device_name", "workload", "status"]).size().items():
-        table.add_row(*key, str(count))  # type: ignore[misc]
-    console.print(table)
-    for _, point in points[~points["status"].isin(["ok"])].iterrows():
-        who = " ".join(str(point[name]) for name in ("workload", "preset", "seq_len", "method"))
-        rule = f" {point['selection']}" if isinstance(point["selection"], str) else ""
-        console.print(f"{point['status']}: {who}{rule}: {point['detail']}", highlight=False)
-        run_id = runs[point["device_name"], point["point_key"]]
-        log = failure_log(folder, {"run_id": run_id, "point_key": point["point_key"]})
-        if log.exists():
-            console.print(f"  from {log}:", highlight=False, soft_wrap=True)
-            for line in log.read_text(encoding="utf-8").splitlines()[-STATUS_LOG_LINES:]:
-                console.print(f"  | {line}", highlight=False, soft_wrap=True)
+    print_status(model, results / model.name, Console(markup=False))  # what rows say is text, not markup
 
 
 @app.command()
@@ -214,7 +191,7 @@ def report(
     if (folder / "rows.jsonl").exists():
         export(folder)
     elif not (folder / "rows.parquet").exists():
-        raise SpecError(f"{folder}: has neither rows.jsonl nor rows.parquet; run the sweep first")
+        raise UserError(f"{folder}: has neither rows.jsonl nor rows.parquet; run the sweep first")
     for line in write_report(folder):
         console.print(f"wrote {line}", highlight=False, soft_wrap=True)
     if (folder / JOURNAL_NAME).exists():
@@ -242,14 +219,14 @@ def crossover(
     console = Console(width=None if sys.stdout.isatty() else 180, markup=False)
     for folder in folders:
         if not (folder / "rows.jsonl").exists() and not (folder / "rows.parquet").exists():
-            raise SpecError(
+            raise UserError(
                 f"{folder}: has no rows; give a folder that `mocbench run` wrote, such as results/x"
             )
     rows = pd.concat([read_rows(folder) for folder in folders], ignore_index=True)
     samples = pd.concat([read_samples(folder) for folder in folders], ignore_index=True)
     found = crossovers(rows)
     if found.empty:
-        raise SpecError(
+        raise UserError(
             f"{', '.join(map(str, folders))}: no sparse method was decoded at two batches or more beside a"
             " dense one; sweeps/ffn_decode_h100.yaml and sweeps/generate_h100.yaml do that"
         )
@@ -262,7 +239,7 @@ def crossover(
         return
     devices = list(dict.fromkeys(found["device_name"]))
     if len(devices) > 1:
-        raise SpecError(f"--plot: the rows are of {', '.join(devices)}; a plot shows one device")
+        raise UserError(f"--plot: the rows are of {', '.join(devices)}; a plot shows one device")
     own = rows[rows["workload"].isin(["ffn_decode", "generate"])]
     dates = sorted({str(value)[:10] for value in own["started_at"].dropna()})
     names = " ".join(folder.resolve().name for folder in folders)
@@ -312,7 +289,7 @@ def doctor(
     try:
         good = examine(Console(), _device(device), trials=aa, profiler=profiler, output=output)
     except ValueError as error:
-        raise SpecError(f"--profiler: {error}") from error
+        raise UserError(f"--profiler: {error}") from error
     if not good:
         raise typer.Exit(1)
 
@@ -403,7 +380,7 @@ def _device(device: Device) -> str:
     import torch
 
     if device is Device.cuda and not torch.cuda.is_available():
-        raise SpecError("--device cuda: PyTorch sees no CUDA device here; valid: cpu")
+        raise UserError("--device cuda: PyTorch sees no CUDA device here; valid: cpu")
     if device is Device.auto:
         return "cuda" if torch.cuda.is_available() else "cpu"
     return str(device)
@@ -434,7 +411,7 @@ def main() -> None:
     """Console entry point: a mistake of the user is one line on standard error and exit code 2."""
     try:
         app()
-    except SpecError as error:
+    except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
     except OSError as error:  # a full disk, a database that stays away

@@ -23,7 +23,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 import pandas as pd
 from optuna_dashboard import wsgi
 
-from harness.errors import SpecError
+from harness.errors import UserError
 from harness.report.plots.curves import draw_trial
 from harness.search.artifacts import Gallery
 from harness.search.storage import JOURNAL_NAME, open_storage
@@ -41,10 +41,10 @@ def hang_pictures(folder: Path, sweep_name: str, url: str | None = None) -> Gall
     """Bring the report's plots to the sweep's studies, and its loss curves to every finished training.
 
     `folder` is the sweep's results folder and `url` its storage if that is not the journal file there. Curves
-    that hang already are not drawn again. Raises SpecError if there is no study or the folder holds links.
+    that hang already are not drawn again. Raises UserError if there is no study or the folder holds links.
     """
     if url is None and not (folder / JOURNAL_NAME).exists():
-        raise SpecError(f"{folder / JOURNAL_NAME}: there is no study yet; run the sweep first")
+        raise UserError(f"{folder / JOURNAL_NAME}: there is no study yet; run the sweep first")
     refuse_links(folder)
     gallery = Gallery(open_storage(folder, url), sweep_name, folder / ARTIFACTS)
     plots = sorted((folder / "plots").glob("*.png"))
@@ -93,7 +93,7 @@ def serve(
 ) -> None:
     """Serve the dashboard of a sweep until interrupted; `port` 0 takes any free one.
 
-    Pictures are brought first (`hang_pictures`, which says what `folder` and `url` are). Raises SpecError if
+    Pictures are brought first (`hang_pictures`, which says what `folder` and `url` are). Raises UserError if
     there is no study yet or the address cannot be listened on.
     """
     gallery = hang_pictures(folder, sweep_name, url)
@@ -101,7 +101,7 @@ def serve(
     try:
         server = make_server(host, port, guarded(app, host), _server_class(host), _QuietHandler)
     except OSError as error:
-        raise SpecError(f"--host {host} --port {port}: cannot listen there: {error.strerror}") from error
+        raise UserError(f"--host {host} --port {port}: cannot listen there: {error.strerror}") from error
     if not is_loopback(host):
         say(f"warning: {host} is not loopback; whoever reaches this port can change and delete the studies")
     shown = f"[{host}]" if ":" in host else host

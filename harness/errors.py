@@ -7,8 +7,12 @@ from collections.abc import Iterable
 from typing import Any
 
 
-class SpecError(ValueError):
-    """A sweep file that cannot be run; the message is one line for people."""
+class UserError(ValueError):
+    """A mistake that the user can mend: an option, a path, a database, a sweep. The message is one line."""
+
+
+class SpecError(UserError):
+    """A sweep file that cannot be run."""
 
 
 def near_miss(name: str, valid: Iterable[str]) -> str:

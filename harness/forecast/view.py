@@ -51,7 +51,7 @@ class Plan:
     """A sweep against what is measured under `results` on a device of this machine."""
 
     def __init__(self, sweep: Sweep, results: Path, device: str, retry: str) -> None:
-        """Raises SpecError if the sweep's text cannot be used or its folder holds links."""
+        """Raises UserError if the sweep's text cannot be used or its folder holds links."""
         self.device = device
         self.device_name = device_name(device)
         self.limit = device_bytes(device)

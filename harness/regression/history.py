@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from matplotlib.lines import Line2D
 
-from harness.errors import SpecError
+from harness.errors import UserError
 from harness.measure.stats import median
 from harness.regression.compare.stored import RECORD
 from harness.regression.compare.verdict import RULES
@@ -81,11 +81,11 @@ class ChangePoint:
 def write_history(storage: Path, output: Path) -> list[str]:
     """Draw every machine's benchmarks from the files below `storage` into `output`; what to tell people.
 
-    Raises SpecError if there is no file of `make bench`.
+    Raises UserError if there is no file of `make bench`.
     """
     runs = read_runs(storage)
     if not runs:
-        raise SpecError(f"{storage}: holds no run; `make bench` keeps one there")
+        raise UserError(f"{storage}: holds no run; `make bench` keeps one there")
     lines, told = ["# Benchmarks over time", ""], []
     output.mkdir(parents=True, exist_ok=True)
     for machine in dict.fromkeys(run.machine for run in runs):

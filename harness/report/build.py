@@ -13,6 +13,7 @@ from typing import Any
 
 import pandas as pd
 
+from harness.errors import UserError
 from harness.report import wording
 from harness.report.crossover import crossover_table, crossovers
 from harness.report.findings import findings
@@ -49,16 +50,16 @@ def write_report(results_dir: Path, device_name: str | None = None) -> list[Path
     """Write plots/*.png, report.md and report.html of a results folder; returns every file written.
 
     With `device_name` only that device's rows are reported, else every device gets a section. Plots of an
-    earlier report that the rows no longer support are removed. Raises ValueError if there are no rows, or
+    earlier report that the rows no longer support are removed. Raises UserError if there are no rows, or
     none of that device.
     """
     rows = read_rows(results_dir)
     devices = [str(name) for name in dict.fromkeys(rows["device_name"].fillna("unknown device"))]
     if not devices:
-        raise ValueError(f"{results_dir}: no rows to report; `mocbench run` writes them")
+        raise UserError(f"{results_dir}: no rows to report; `mocbench run` writes them")
     if device_name is not None:
         if device_name not in devices:
-            raise ValueError(f"{results_dir}: no rows of {device_name!r}; it has {', '.join(devices)}")
+            raise UserError(f"{results_dir}: no rows of {device_name!r}; it has {', '.join(devices)}")
         devices = [device_name]
     rows = rows.assign(device_name=rows["device_name"].fillna("unknown device"))
     samples = read_samples(results_dir)

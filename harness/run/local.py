@@ -37,7 +37,7 @@ LEAST_FREE_BYTES = 2**20
 def run_worker(sweep: Sweep, options: RunOptions, console: Console) -> Summary:
     """Help to measure a sweep, until nothing of it is left; tables and studies of grids are for `run_sweep`.
 
-    Raises SpecError if it cannot be started, OSError if rows cannot be written.
+    Raises UserError if it cannot be started, OSError if rows cannot be written.
     """
     folder = results_folder(options.results, sweep.name)
     folder.mkdir(parents=True, exist_ok=True)

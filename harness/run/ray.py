@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from rich.console import Console
 
-from harness.errors import SpecError
+from harness.errors import UserError
 from harness.run.local import run_worker
 from harness.run.options import MEANWHILE_SECONDS, RunOptions
 from harness.sweep.model import Sweep
@@ -22,13 +22,13 @@ def run_on_ray(sweep: Sweep, options: RunOptions, console: Console, meanwhile: C
 
     The cluster is the one that RAY_ADDRESS or `ray start` on this host names; without one, this host alone.
     Ray places the workers and restarts those that die; which point is whose is settled by leases, as always.
-    `options.workers` caps their number; `meanwhile` is called again and again until the end. Raises SpecError
+    `options.workers` caps their number; `meanwhile` is called again and again until the end. Raises UserError
     if Ray is not installed or has no such place.
     """
     try:
         import ray
     except ImportError as error:
-        raise SpecError("--executor ray: Ray is not installed; pip install 'mocbench[ray]'") from error
+        raise UserError("--executor ray: Ray is not installed; pip install 'mocbench[ray]'") from error
 
     ours = not ray.is_initialized()
     if ours:
@@ -38,7 +38,7 @@ def run_on_ray(sweep: Sweep, options: RunOptions, console: Console, meanwhile: C
         places = int(ray.cluster_resources().get(kind, 0))
         count = min(places, options.workers or places)
         if count == 0:
-            raise SpecError(f"--executor ray: the cluster has no {kind}; valid with --device cpu or cuda")
+            raise UserError(f"--executor ray: the cluster has no {kind}; valid with --device cpu or cuda")
         console.print(f"{count} workers on {len(ray.nodes())} Ray nodes, one per {kind}", highlight=False)
         actor = cast(Any, ray.remote(_RayWorker)).options(
             **{f"num_{kind.lower()}s": 1},

@@ -27,7 +27,7 @@ from harness.sweep.model import Sweep, sweep_text
 def run_sweep(sweep: Sweep, options: RunOptions, console: Console) -> Summary:
     """Measure every missing point of a sweep and write its tables under `options.results / sweep.name`.
 
-    Raises SpecError if the sweep cannot be started, OSError if rows cannot be written.
+    Raises UserError if the sweep cannot be started, OSError if rows cannot be written.
     """
     folder = results_folder(options.results, sweep.name)
     folder.mkdir(parents=True, exist_ok=True)

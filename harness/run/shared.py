@@ -21,7 +21,7 @@ class Shared(NamedTuple):
 def open_shared(folder: Path, sweep: str, url: str | None) -> Shared:
     """The shared state of the sweep of that name: in its results folder, or in the database at `url`.
 
-    Raises SpecError for a URL that several workers cannot share or that cannot be reached.
+    Raises UserError for a URL that several workers cannot share or that cannot be reached.
     """
     if url is None:
         return Shared(Store(folder), FileBook(folder), open_storage(folder))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from harness.errors import SpecError
+from harness.errors import UserError
 from harness.sweep.grid import vocab_sizes
 from harness.sweep.model import Sweep
 
@@ -13,7 +13,7 @@ from harness.sweep.model import Sweep
 def prepare_data(sweep: Sweep, say: Callable[[str], None]) -> dict[int, str]:
     """Tokenise the sweep's text for every vocabulary it needs; returns fingerprints by vocabulary size.
 
-    Raises SpecError naming the source if it cannot be read or is too small for the vocabulary.
+    Raises UserError naming the source if it cannot be read or is too small for the vocabulary.
     """
     sizes = sorted({size for part in sweep.parts for size in vocab_sizes(part)})
     if not sizes:
@@ -27,14 +27,14 @@ def prepare_data(sweep: Sweep, say: Callable[[str], None]) -> dict[int, str]:
         try:
             ids[size] = prepare(sweep.data, size, progress=say).data_id
         except (SourceError, VocabularyError) as error:
-            raise SpecError(str(error)) from error
+            raise UserError(str(error)) from error
     return ids
 
 
 def find_data(sweep: Sweep) -> dict[int, str]:
     """As `prepare_data`, but only what is tokenised already: nothing is read, built or written.
 
-    Raises SpecError for a source or a vocabulary that cannot be used.
+    Raises UserError for a source or a vocabulary that cannot be used.
     """
     from harness.training.data import SourceError, find
     from harness.training.data.tokenizer import VocabularyError
@@ -44,7 +44,7 @@ def find_data(sweep: Sweep) -> dict[int, str]:
         try:
             dataset = find(sweep.data, size)
         except (SourceError, VocabularyError) as error:
-            raise SpecError(str(error)) from error
+            raise UserError(str(error)) from error
         if dataset is not None:
             ids[size] = dataset.data_id
     return ids

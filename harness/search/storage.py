@@ -13,7 +13,7 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from sqlalchemy.exc import SQLAlchemyError
 
-from harness.errors import SpecError
+from harness.errors import UserError
 from harness.store.lines import LOCK_POLL_SECONDS, cut_partial_line
 
 JOURNAL_NAME = "study.journal"
@@ -46,7 +46,7 @@ class JournalLock:
 def open_storage(folder: Path, url: str | None = None) -> Storage:
     """The study's storage: the journal file of a results folder, or a database by URL.
 
-    Raises SpecError for SQLite, naming the journal as what to use instead, and for a database that is not
+    Raises UserError for SQLite, naming the journal as what to use instead, and for a database that is not
     there.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -57,7 +57,7 @@ def open_storage(folder: Path, url: str | None = None) -> Storage:
             # Optuna asks for its abstract lock, which it does not export; these two methods are all of it.
             return JournalStorage(JournalFileBackend(str(path), JournalLock(path)))  # type: ignore[arg-type]
     if url.startswith("sqlite"):
-        raise SpecError(
+        raise UserError(
             f"--storage {url}: SQLite cannot be shared by workers; leave --storage out to use the journal"
             " file, or name a PostgreSQL server (postgresql+psycopg://...)"
         )
@@ -65,4 +65,4 @@ def open_storage(folder: Path, url: str | None = None) -> Storage:
         return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})  # the server may have been restarted
     except (SQLAlchemyError, ImportError) as error:
         shown = re.sub(r"(?<=:)[^:/@]+(?=@)", "***", url)
-        raise SpecError(f"--storage {shown}: {str(error).partition(chr(10))[0]}") from error
+        raise UserError(f"--storage {shown}: {str(error).partition(chr(10))[0]}") from error

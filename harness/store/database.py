@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import insert
 
-from harness.errors import SpecError
+from harness.errors import UserError
 from harness.store.files import Batch
 from harness.store.leases import Leases
 from harness.store.rows import MEASURED, PointPlace, checked, counts_over
@@ -73,7 +73,7 @@ _leases = sa.Table(
 class Database:
     """A PostgreSQL database with the tables of this module in it.
 
-    Raises SpecError for a URL that is no PostgreSQL database, and for one that cannot be reached.
+    Raises UserError for a URL that is no PostgreSQL database, and for one that cannot be reached.
     """
 
     def __init__(self, url: str) -> None:
@@ -83,7 +83,7 @@ class Database:
                 _metadata.create_all(connection)
         except sa.exc.DBAPIError as error:
             reason = str(error.orig).strip().partition("\n")[0]
-            raise SpecError(f"--storage {self.shown}: {reason}") from error
+            raise UserError(f"--storage {self.shown}: {reason}") from error
 
     @property
     def shown(self) -> str:
@@ -245,20 +245,20 @@ def _engine(url: str) -> sa.Engine:
     try:
         parsed = sa.make_url(url)
     except sa.exc.ArgumentError as error:
-        raise SpecError(f"--storage: not a database URL; valid: {example}") from error
+        raise UserError(f"--storage: not a database URL; valid: {example}") from error
     shown = parsed.render_as_string(hide_password=True)
     if parsed.get_backend_name() == "sqlite":
-        raise SpecError(
+        raise UserError(
             f"--storage {shown}: SQLite cannot be shared by workers; leave --storage out to use the journal"
             f" file, or name a PostgreSQL server ({example})"
         )
     if parsed.get_backend_name() != "postgresql":
-        raise SpecError(f"--storage {shown}: rows of several workers need PostgreSQL; valid: {example}")
+        raise UserError(f"--storage {shown}: rows of several workers need PostgreSQL; valid: {example}")
     try:
         # Every statement is a transaction of its own: one trip to the server, not four.
         return sa.create_engine(parsed, isolation_level="AUTOCOMMIT", connect_args={"connect_timeout": 10})
     except ImportError as error:
-        raise SpecError(
+        raise UserError(
             f"--storage {shown}: the driver {parsed.get_driver_name()} is not installed; pip install"
             f" 'mocbench[postgres]' brings psycopg, for {example}"
         ) from error

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from harness.cli import app
 from harness.dashboard import guarded, hang_pictures, is_loopback
-from harness.errors import SpecError
+from harness.errors import SpecError, UserError
 from harness.run.options import RunOptions
 from harness.run.progress import SweepProgress
 from harness.run.runner import run_sweep
@@ -221,7 +221,7 @@ def test_no_link_leads_a_write_out_of_the_results_folder(tmp_path: Path, link: s
     (results / link).symlink_to(outside)
     if link != "demo":
         open_storage(results / "demo")
-    with pytest.raises(SpecError, match=f"{link} is a link; remove it"):
+    with pytest.raises(UserError, match=f"{link} is a link; remove it"):
         WRITERS[verb](results)
     assert outside.read_text() == "mine" if outside.is_file() else list(outside.iterdir()) == []
 
@@ -238,7 +238,7 @@ def test_a_name_cannot_leave_the_results_folder(tmp_path: Path, name: str) -> No
     """Refused where folders are made as well as where a sweep is read."""
     with pytest.raises(SpecError, match=r"name is .*; it names a folder under results/"):
         parse_sweep(GOOD.replace("demo", name), "s.yaml")
-    with pytest.raises(SpecError, match="lies outside"):
+    with pytest.raises(UserError, match="lies outside"):
         results_folder(tmp_path, name)
 
 
@@ -248,7 +248,7 @@ def test_a_report_command_refuses_links_before_it_writes(tmp_path: Path) -> None
     Store(folder).append(rows_of(train_point(), {"step_ms": 1.0}))
     (folder / "report.md").symlink_to(tmp_path / "profile")
     done = CliRunner().invoke(app, ["report", str(folder)])
-    assert isinstance(done.exception, SpecError)
+    assert isinstance(done.exception, UserError)
     assert not (tmp_path / "profile").exists()
 
 

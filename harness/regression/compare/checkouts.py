@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from harness.errors import SpecError
+from harness.errors import UserError
 from harness.measure.clocks import Conditions
 from harness.measure.stats import Verdict, median, paired_ratio
 from harness.measure.timing import PairedTimes, TimingSettings, run_rounds
@@ -130,7 +130,7 @@ class Pair:
         self.only_head = [name for name in second if name not in first]
         unknown = [name for name in inject if name not in self.names]
         if unknown:
-            raise SpecError(f"--inject {unknown[0]}: no such benchmark; {near_miss(unknown[0], self.names)}")
+            raise UserError(f"--inject {unknown[0]}: no such benchmark; {near_miss(unknown[0], self.names)}")
         self._opened: dict[str, dict[str, Any]] = {}
         self._attempts: Counter[str] = Counter()
 
@@ -239,7 +239,7 @@ def compare_checkouts(
 ) -> tuple[list[list[Outcome]], dict[str, Any]]:
     """The outcomes of each run over all benchmarks, and the environment both sides share.
 
-    Both processes live through all runs. Raises SpecError if a side has no benchmarks to run, or a name of
+    Both processes live through all runs. Raises UserError if a side has no benchmarks to run, or a name of
     `only` or `inject` is none of them.
     """
     with ExitStack() as stack:
@@ -254,7 +254,7 @@ def compare_checkouts(
         try:
             pair = Pair(first, second, device, inject)
         except ChildFailed as error:
-            raise SpecError(f"cannot compare: {error}") from error
+            raise UserError(f"cannot compare: {error}") from error
         names = _chosen(pair.names, only)
         outcomes = [list(_one_run(pair, names, run, keep_open=runs > 1, say=say)) for run in range(runs)]
         if not only:
@@ -277,7 +277,7 @@ def _one_run(
 def _chosen(names: Sequence[str], only: Sequence[str]) -> list[str]:
     unknown = [name for name in only if name not in names]
     if unknown:
-        raise SpecError(f"--only {unknown[0]}: no such benchmark; {near_miss(unknown[0], names)}")
+        raise UserError(f"--only {unknown[0]}: no such benchmark; {near_miss(unknown[0], names)}")
     if not names:
-        raise SpecError("cannot compare: the two sides have no benchmark in common")
+        raise UserError("cannot compare: the two sides have no benchmark in common")
     return [name for name in names if not only or name in only]

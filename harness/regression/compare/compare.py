@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from harness.errors import SpecError
+from harness.errors import UserError
 from harness.regression.compare.checkouts import compare_checkouts
 from harness.regression.compare.sides import checked_out, find_sides
 from harness.regression.compare.stored import compare_stored
@@ -30,7 +30,7 @@ def compare(
     """Compare, write the summary into `output`, say what came out; the exit code.
 
     `device` is "cpu" or "cuda". `inject` makes head do that share more work in a benchmark, which tests the
-    judge. Raises SpecError for sides that cannot be compared.
+    judge. Raises UserError for sides that cannot be compared.
     """
     first, second = find_sides(base, head)
     command = " ".join(["mocbench compare", base, head, *(f"--inject {n}={f:g}" for n, f in inject.items())])
@@ -40,7 +40,7 @@ def compare(
                 base_path, head_path, device, inject=inject, runs=runs, only=only, say=say
             )
     elif inject or only or runs > 1:
-        raise SpecError("--inject, --runs and --only are for code, which is run; these sides are on disk")
+        raise UserError("--inject, --runs and --only are for code, which is run; these sides are on disk")
     else:
         stored, environment = compare_stored(first, second)
         outcomes, device = [stored], environment["device"]
@@ -52,7 +52,7 @@ def compare(
 
 
 def parse_injections(texts: Sequence[str]) -> dict[str, float]:
-    """`NAME=0.03` of the command line. Raises SpecError for anything else."""
+    """`NAME=0.03` of the command line. Raises UserError for anything else."""
     found = {}
     for text in texts:
         name, equals, share = text.partition("=")
@@ -61,5 +61,5 @@ def parse_injections(texts: Sequence[str]) -> dict[str, float]:
         except ValueError:
             found[name] = -1.0
         if not equals or not found[name] > 0:
-            raise SpecError(f"--inject {text}: expected NAME=SHARE, such as ffn-step-dense=0.03")
+            raise UserError(f"--inject {text}: expected NAME=SHARE, such as ffn-step-dense=0.03")
     return found

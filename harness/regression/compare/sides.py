@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from harness.errors import SpecError
+from harness.errors import UserError
 
 Kind = Literal["revision", "checkout", "results", "benchmark"]
 CHECKOUT_MARK = "moc/__init__.py"
@@ -46,7 +46,7 @@ class Side:
 def find_side(name: str) -> Side:
     """What `name` stands for; a path that exists comes before a revision of the same name.
 
-    Raises SpecError if it is nothing that can be compared.
+    Raises UserError if it is nothing that can be compared.
     """
     path = Path(name)
     if path.is_dir():
@@ -60,17 +60,17 @@ def find_side(name: str) -> Side:
     top = _git(Path.cwd(), "rev-parse", "--show-toplevel")
     if commit is not None and top is not None:
         return Side(name, "revision", Path(top), commit)
-    raise SpecError(
+    raise UserError(
         f"{name}: nothing to compare; valid: a git revision, a checkout (it has {CHECKOUT_MARK}), a results "
         "folder (it has rows.jsonl or rows.parquet), or a .json file of `make bench`"
     )
 
 
 def find_sides(base: str, head: str) -> tuple[Side, Side]:
-    """Both sides. Raises SpecError if one is nothing, or if they are of kinds that cannot be compared."""
+    """Both sides. Raises UserError if one is nothing, or if they are of kinds that cannot be compared."""
     first, second = find_side(base), find_side(head)
     if first.kind != second.kind and not (first.is_code and second.is_code):
-        raise SpecError(
+        raise UserError(
             f"{base} is a {first.kind}, {head} a {second.kind}: compare code with code, results with results"
         )
     return first, second
@@ -99,13 +99,13 @@ def checked_out(base: Side, head: Side) -> Iterator[tuple[Path, Path]]:
             command = ["git", "-C", str(side.path), "worktree", "add", "--detach", str(path), side.commit]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
-                raise SpecError(f"{side.name}: cannot be checked out: {done.stderr.strip()}")
+                raise UserError(f"{side.name}: cannot be checked out: {done.stderr.strip()}")
             paths.append(path)
         yield paths[0], paths[1]
 
 
 def refuse_other_machine(base: Mapping[str, Any], head: Mapping[str, Any]) -> None:
-    """Raise SpecError, naming what differs, unless both environment records are of one machine and software.
+    """Raise UserError, naming what differs, unless both environment records are of one machine and software.
 
     Times of two machines, or of two versions of PyTorch, differ for reasons that are not in the code.
     """
@@ -113,7 +113,7 @@ def refuse_other_machine(base: Mapping[str, Any], head: Mapping[str, Any]) -> No
     differing = [name for name in names if base.get(name) != head.get(name)]
     if differing:
         listed = "; ".join(f"{name} {base.get(name)} against {head.get(name)}" for name in differing)
-        raise SpecError(f"measured on different machines or versions, which cannot be compared: {listed}")
+        raise UserError(f"measured on different machines or versions, which cannot be compared: {listed}")
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

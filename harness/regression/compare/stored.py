@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from harness.errors import SpecError
+from harness.errors import UserError
 from harness.measure.stats import MIN_SAMPLES, Verdict, median
 from harness.regression.compare.checkouts import Outcome
 from harness.regression.compare.sides import Side, refuse_other_machine
@@ -34,7 +34,7 @@ _PLACE = ["device_name", "point_key"]
 def compare_stored(base: Side, head: Side) -> tuple[list[Outcome], dict[str, Any]]:
     """The outcomes of all points, and the environment both were measured in.
 
-    Raises SpecError if they were measured on different machines, or hold nothing that can be compared.
+    Raises UserError if they were measured on different machines, or hold nothing that can be compared.
     """
     if base.kind == "benchmark":
         return _compare_benchmarks(base, head)
@@ -73,7 +73,7 @@ def _compare_results(base: Side, head: Side) -> tuple[list[Outcome], dict[str, A
     first, second = _Results(base.path), _Results(head.path)
     if not set(first.devices) & set(second.devices):
         devices = f"{', '.join(first.devices)} against {', '.join(second.devices)}"
-        raise SpecError(f"measured on different machines, which cannot be compared: {devices}")
+        raise UserError(f"measured on different machines, which cannot be compared: {devices}")
     outcomes: list[Outcome] = []
     environment: dict[str, Any] = {}
     for place, point in first.points.items():
@@ -99,7 +99,7 @@ def _compare_results(base: Side, head: Side) -> tuple[list[Outcome], dict[str, A
         if place not in first.points
     ]
     if not environment:
-        raise SpecError(f"{base.name} and {head.name} have no point in common")
+        raise UserError(f"{base.name} and {head.name} have no point in common")
     return outcomes, environment
 
 
@@ -110,7 +110,7 @@ class _Results:
         self._folder = folder
         rows = read_rows(folder)
         if rows.empty:
-            raise SpecError(f"{folder}: holds no whole point")
+            raise UserError(f"{folder}: holds no whole point")
         primary = rows.groupby(_PLACE, sort=False).tail(1)  # the primary metric is written last
         self.points = {(row["device_name"], row["point_key"]): row for _, row in primary.iterrows()}
         self.devices = sorted(set(rows["device_name"]))
@@ -129,9 +129,9 @@ class _Results:
         return values.to_numpy(dtype=np.float64) * _MS[METRICS[metric].unit]
 
     def environment(self, point: pd.Series) -> dict[str, Any]:
-        """Raises SpecError if it is not kept."""
+        """Raises UserError if it is not kept."""
         if point["env_id"] not in self._environments:
-            raise SpecError(
+            raise UserError(
                 f"{self._folder}/environments.jsonl: has no {point['env_id']}, so nobody knows "
                 "what machine it was"
             )
@@ -173,11 +173,11 @@ def _read_benchmarks(path: Path) -> dict[str, Any]:
         file: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         known = RECORD in file["machine_info"] and all("data" in b["stats"] for b in file["benchmarks"])
     except (ValueError, KeyError, TypeError) as error:
-        raise SpecError(
+        raise UserError(
             f"{path}: not a file of pytest-benchmark ({type(error).__name__}: {error})"
         ) from error
     if not known:
-        raise SpecError(f"{path}: was not written by `make bench`: samples or environment are missing")
+        raise UserError(f"{path}: was not written by `make bench`: samples or environment are missing")
     return file
 
 

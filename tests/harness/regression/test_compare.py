@@ -15,7 +15,7 @@ from typing import Any, cast
 import pytest
 
 import moc
-from harness.errors import SpecError
+from harness.errors import UserError
 from harness.regression.compare.checkouts import Child, Pair
 from harness.regression.compare.compare import compare, parse_injections
 from harness.regression.compare.sides import checked_out, find_side, find_sides
@@ -164,7 +164,7 @@ def test_a_revision_against_itself(repository: Path, tmp_path: Path, monkeypatch
 def test_what_cannot_be_run(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A revision from before the benchmarks is refused in one line, and its checkout is removed."""
     monkeypatch.chdir(repository)
-    with pytest.raises(SpecError, match=r"^cannot compare: base: .*no harness/regression/benchmarks.py"):
+    with pytest.raises(UserError, match=r"^cannot compare: base: .*no harness/regression/benchmarks.py"):
         run("ancient", "old", tmp_path)
     assert worktrees(repository) == 1
     assert not list(tmp_path.iterdir())
@@ -233,7 +233,7 @@ def test_what_is_launched_in_two_ways_is_not_compared() -> None:
 def test_names_that_are_none_are_refused() -> None:
     """An injection into a benchmark that is not on both sides is one line with the nearest name."""
     base, head = Scripted({"heavy": lambda _: 1.0, "old": lambda _: 1.0}), Scripted({"heavy": lambda _: 1.0})
-    with pytest.raises(SpecError, match=r"^--inject heavier: no such benchmark; did you mean heavy\?"):
+    with pytest.raises(UserError, match=r"^--inject heavier: no such benchmark; did you mean heavy\?"):
         pair(base, head, heavier=0.03)
     assert pair(base, head).only_base == ["old"]
 
@@ -269,12 +269,12 @@ def test_sides(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert [side.kind for side in find_sides("old", str(tmp_path / "tree"))] == ["revision", "checkout"]
     (tmp_path / "rows.jsonl").touch()
     assert find_side(str(tmp_path)).kind == "results"
-    with pytest.raises(SpecError, match="compare code with code"):
+    with pytest.raises(UserError, match="compare code with code"):
         find_sides("old", str(tmp_path))
-    with pytest.raises(SpecError, match=r"^older: nothing to compare; valid: a git revision"):
+    with pytest.raises(UserError, match=r"^older: nothing to compare; valid: a git revision"):
         find_side("older")
     (tmp_path / "tree" / "moc" / "__init__.py").unlink()
-    with pytest.raises(SpecError, match="nothing to compare"):
+    with pytest.raises(UserError, match="nothing to compare"):
         find_side(str(tmp_path / "tree"))
 
 
@@ -282,5 +282,5 @@ def test_injections() -> None:
     """NAME=SHARE is read; a share that is none is refused."""
     assert parse_injections(["a-b=0.03", "c=1"]) == {"a-b": 0.03, "c": 1.0}
     for wrong in ("a", "a=", "a=x", "a=0", "a=-1", "a=nan"):
-        with pytest.raises(SpecError, match="expected NAME=SHARE"):
+        with pytest.raises(UserError, match="expected NAME=SHARE"):
             parse_injections([wrong])

@@ -11,7 +11,7 @@ import pytest
 from rows import rows_of, train_point
 
 from harness.cli import main
-from harness.errors import SpecError
+from harness.errors import UserError
 from harness.regression.compare.sides import find_side, refuse_other_machine
 from harness.regression.compare.stored import compare_stored
 from harness.regression.history import levels, read_runs, write_history
@@ -117,12 +117,12 @@ def test_another_machine_is_refused(tmp_path: Path, change: dict[str, Any], mess
     base, head = (
         results(tmp_path / name, {"dense": times(2)}, **more) for name, more in (("a", {}), ("b", change))
     )
-    with pytest.raises(SpecError, match=f"measured on different machines.*{message}"):
+    with pytest.raises(UserError, match=f"measured on different machines.*{message}"):
         verdicts(base, head)
     base, head = (
         bench_file(tmp_path / f"{name}.json", {"x": 1.0}, **more) for name, more in (("a", {}), ("b", change))
     )
-    with pytest.raises(SpecError, match=f"measured on different machines.*{message}"):
+    with pytest.raises(UserError, match=f"measured on different machines.*{message}"):
         verdicts(base, head)
 
 
@@ -137,12 +137,12 @@ def test_files_of_make_bench(tmp_path: Path) -> None:
     head = bench_file(tmp_path / "b.json", {"x": 1.0, "y": 1.8, "w": 1.0}, seed=1)
     assert verdicts(base, head) == {"x": "SAME", "y": "FAST", "z": None, "w": None}
     (tmp_path / "c.json").write_text("[1]")
-    with pytest.raises(SpecError, match=r"c\.json: not a file of pytest-benchmark"):
+    with pytest.raises(UserError, match=r"c\.json: not a file of pytest-benchmark"):
         verdicts(base, tmp_path / "c.json")
     file = json.loads(head.read_text())
     del file["benchmarks"][0]["stats"]["data"]
     (tmp_path / "d.json").write_text(json.dumps(file))
-    with pytest.raises(SpecError, match="samples or environment are missing"):
+    with pytest.raises(UserError, match="samples or environment are missing"):
         verdicts(base, tmp_path / "d.json")
 
 
@@ -202,7 +202,7 @@ def test_history_keeps_machines_apart(tmp_path: Path) -> None:
 def test_a_history_of_nothing_is_refused(tmp_path: Path) -> None:
     """Without a file of `make bench` there is one line that says so."""
     (tmp_path / "x.json").write_text('{"machine_info": {}}')
-    with pytest.raises(SpecError, match="holds no run"):
+    with pytest.raises(UserError, match="holds no run"):
         write_history(tmp_path, tmp_path / "out")
 
 

@@ -9,7 +9,7 @@ from synthetic_rows import CPU, around, frame, point
 from typer.testing import CliRunner
 
 from harness.cli import app, crossover
-from harness.errors import SpecError
+from harness.errors import UserError
 from harness.report.build import write_report
 from harness.report.crossover import crossover_table, crossovers, independent_union
 from harness.report.plots.crossover import crossover_plot, union_curves
@@ -175,11 +175,11 @@ def test_the_verb_reads_folders_together(tmp_path: Path) -> None:
 
 def test_the_verb_refuses_what_it_cannot_show(tmp_path: Path) -> None:
     """No rows, nothing to compare, and a plot of two devices are one line each."""
-    with pytest.raises(SpecError, match="has no rows; give a folder"):
+    with pytest.raises(UserError, match="has no rows; give a folder"):
         crossover([tmp_path / "nothing"])
     single = stored(tmp_path / "s", *decoding({1: 2.0}))
-    with pytest.raises(SpecError, match="no sparse method was decoded at two batches"):
+    with pytest.raises(UserError, match="no sparse method was decoded at two batches"):
         crossover([single])
     both = stored(tmp_path / "d", *decoding({1: 2.0, 2: 0.9}), *decoding({1: 2.0, 2: 0.9}, device=CPU))
-    with pytest.raises(SpecError, match="a plot shows one device"):
+    with pytest.raises(UserError, match="a plot shows one device"):
         crossover([both], tmp_path / "p.png")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from harness.errors import SpecError
+from harness.errors import UserError
 from harness.run.options import RunOptions, worker_environments
 from harness.run.ray import run_on_ray
 from harness.soak.run import soak_sweep
@@ -39,5 +39,5 @@ def test_workers_on_a_cpu_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_machine_without_ray_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One line that names the extra."""
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(SpecError, match="Ray is not installed; pip install 'mocbench\\[ray\\]'"):
+    with pytest.raises(UserError, match="Ray is not installed; pip install 'mocbench\\[ray\\]'"):
         run_on_ray(soak_sweep(1), RunOptions(results=tmp_path), Console(file=io.StringIO()), lambda: None)

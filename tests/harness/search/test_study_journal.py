@@ -8,7 +8,7 @@ import optuna
 import pytest
 from rows import rows_of, train_point
 
-from harness.errors import SpecError
+from harness.errors import UserError
 from harness.search.storage import open_storage
 from harness.search.study import PartStudy
 from harness.sweep.load import parse_sweep
@@ -110,7 +110,7 @@ def test_a_changed_grid_gets_a_study_of_its_own(tmp_path: Path) -> None:
 def test_sqlite_is_refused_and_the_journal_named(tmp_path: Path) -> None:
     """SQLite breaks under several workers, so it is not taken at all."""
     with pytest.raises(
-        SpecError, match="SQLite cannot be shared by workers; leave --storage out to use the journal"
+        UserError, match="SQLite cannot be shared by workers; leave --storage out to use the journal"
     ):
         open_storage(tmp_path, "sqlite:///x.db")
 

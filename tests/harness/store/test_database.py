@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rows import rows_of, train_point
 
-from harness.errors import SpecError
+from harness.errors import UserError
 from harness.run.shared import open_shared
 from harness.soak.postgres import NoPostgresError, PrivatePostgres
 from harness.store.database import Database, DatabaseBook, DatabaseStore
@@ -249,7 +249,7 @@ def test_a_storage_that_cannot_be_shared_is_refused_in_one_line(
     tmp_path: Path, url: str, message: str
 ) -> None:
     """The message says what would be valid, and never a password."""
-    with pytest.raises(SpecError, match=message) as refused:
+    with pytest.raises(UserError, match=message) as refused:
         open_shared(tmp_path, "s", url)
     assert "\n" not in str(refused.value)
     assert "secret" not in str(refused.value)
