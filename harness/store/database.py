@@ -9,6 +9,7 @@ once is a unique index, so it holds whatever the workers do. A server that goes 
 from __future__ import annotations
 
 import contextlib
+import logging
 import random
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from harness.store.leases import Leases
 from harness.store.rows import MEASURED, PointPlace, checked, counts_over
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 PATIENCE_SECONDS = 120.0
 # Outcomes that are read at once when all are read: their samples can be large.
 PAGE = 200
@@ -78,6 +80,7 @@ class Database:
 
     def __init__(self, url: str) -> None:
         self._engine = _engine(url)
+        self._is_away = False  # its connections fail, and the log says so
         try:
             with self.setting_up() as connection:
                 _metadata.create_all(connection)
@@ -99,10 +102,11 @@ class Database:
             yield connection
 
     def run(self, statement: sa.Executable) -> Sequence[Any]:
-        """The rows of one statement, which is a transaction of its own; again if the server was away, so it
-        must bear being done twice.
+        """Execute one statement as a transaction of its own and return its rows.
 
-        Raises ConnectionError (an OSError) if the server stays away.
+        If the connection is lost, the statement is executed again for up to `PATIENCE_SECONDS`, so it must
+        have the same effect when it is executed twice. Raises OSError if the server refuses the statement
+        (a full disk, a cancelled statement), and ConnectionError, which is one, if it stays away.
         """
         deadline = time.monotonic() + PATIENCE_SECONDS
         pause = 0.05
@@ -110,12 +114,24 @@ class Database:
             try:
                 with self._engine.connect() as connection:
                     result = connection.execute(statement)
-                    return result.all() if result.returns_rows else []
+                    rows = result.all() if result.returns_rows else []
+                self._is_away = False
+                return rows
             except (sa.exc.OperationalError, sa.exc.InterfaceError) as error:
+                if not _is_connection_lost(error):
+                    raise OSError(f"{self.shown}: {error.orig}") from error
                 if time.monotonic() > deadline:
                     raise ConnectionError(f"{self.shown}: {error.orig}") from error
+                self._say_once(error)
             time.sleep(pause)
             pause = min(2 * pause, 2.0)
+
+    def _say_once(self, error: sa.exc.DBAPIError) -> None:
+        """Log that the server is away, for the first of the statements that wait for it."""
+        if not self._is_away:
+            self._is_away = True
+            reason = str(error.orig).strip().partition("\n")[0]
+            logger.warning("%s is away; waiting up to %.0f s: %s", self.shown, PATIENCE_SECONDS, reason)
 
     def close(self) -> None:
         """Give the connections back."""
@@ -238,6 +254,18 @@ class DatabaseBook:
             if self._database.run(self._write.where(_leases.c.version == version).values(**new)):
                 return result
             time.sleep(random.uniform(0, CONFLICT_SECONDS))
+
+
+def _is_connection_lost(error: sa.exc.DBAPIError) -> bool:
+    """Whether a new connection can mend the error.
+
+    By SQLSTATE (appendix A of PostgreSQL's manual): connection exceptions, a server that shuts down or starts
+    up, too many connections. An attempt to connect that fails has none.
+    """
+    state = getattr(error.orig, "sqlstate", None)
+    if error.connection_invalidated or (state is None and isinstance(error, sa.exc.OperationalError)):
+        return True
+    return state is not None and state.startswith(("08", "57P", "53300"))
 
 
 def _engine(url: str) -> sa.Engine:

@@ -3,10 +3,12 @@
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 from rows import rows_of, train_point
 
 from harness.errors import UserError
@@ -199,9 +201,11 @@ def test_leases_are_given_to_one_at_a_time(book: Callable[[], LeaseBook]) -> Non
     assert Claims(book()).held() == set()
 
 
-def test_a_server_that_restarts_is_waited_for(server: PrivatePostgres, database: Database) -> None:
-    """Stopped as by a power cut in the middle of an append: the append goes through once it is back, and what
-    was committed before is still there."""
+def test_a_server_that_restarts_is_waited_for(
+    server: PrivatePostgres, database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Stopped as by a power cut in the middle of an append: one line says that the append waits, it goes
+    through once the server is back, and what was committed before is still there."""
     store, claims = DatabaseStore(database, "restart"), Claims(DatabaseBook(database, "restart"))
     assert store.append(rows_of(train_point(), VALUES))
     server.stop()
@@ -210,9 +214,14 @@ def test_a_server_that_restarts_is_waited_for(server: PrivatePostgres, database:
         target=lambda: appended.append(store.append(rows_of(train_point(seed=1), VALUES, run_id="r2")))
     )
     writer.start()
+    while writer.is_alive() and not caplog.messages:
+        time.sleep(0.01)
     server.start()
     writer.join()
     assert appended == [True]
+    assert [text.partition(": ")[0] for text in caplog.messages] == [
+        f"{database.shown} is away; waiting up to 120 s"
+    ]
     assert claims.take(["a"])
     assert len(store.finished()) == 2
     claims.close()
@@ -230,6 +239,23 @@ def test_a_server_that_stays_away_is_an_error_that_names_it(
             store.finished()
     finally:
         server.start()
+
+
+@pytest.mark.parametrize(
+    ("state", "reason"), [("57014", "a statement that is cancelled"), ("53100", "a disk that is full")]
+)
+def test_what_a_new_connection_cannot_mend_is_raised_at_once(
+    database: Database, monkeypatch: pytest.MonkeyPatch, state: str, reason: str
+) -> None:
+    """The server refuses the statement: executing it again would end the same."""
+
+    def waits(seconds: float) -> None:
+        raise AssertionError(f"waited {seconds} s for {reason}")
+
+    monkeypatch.setattr("harness.store.database.time.sleep", waits)
+    raises = f"do $$ begin raise exception '{reason}' using errcode = '{state}'; end $$"
+    with pytest.raises(OSError, match=f"postgres@/postgres.*: {reason}"):
+        database.run(sa.text(raises))
 
 
 @pytest.mark.parametrize(
