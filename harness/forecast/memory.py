@@ -35,7 +35,6 @@ from harness.sweep.support import model_config
 from moc.config import FfnShape
 from moc.methods import Method, get_method
 from moc.ops.loss import CHUNK_TOKENS
-from moc.selection import parse_selection
 
 ITEM_SIZE = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 _STATE_BYTES = 12  # per parameter: the weight and Adam's two moments, fp32
@@ -101,9 +100,7 @@ def saved_by_formula(method: Method, point: Point) -> float | None:
     """Bytes per token that one layer saves by the method's own formula; None if it has none."""
     if method.saved_bytes_per_token is None:
         return None
-    k = point.d_ffn
-    if point.selection is not None and method.takes_selection:
-        k = parse_selection(point.selection).k(point.d_ffn)
+    k = point.k if method.takes_selection else point.d_ffn
     shape = FfnShape(point.d_model, point.d_ffn)
     return float(method.saved_bytes_per_token(shape, k, ITEM_SIZE[point.dtype]))
 
@@ -156,12 +153,8 @@ def _working_bytes(method: Method, point: Point, device: str, ffn_saved: float) 
     """Full-width tensors of one layer's backward pass beside those that it saved."""
     size = ITEM_SIZE[point.dtype]
     if method.scratch_bytes is not None:
-        scratch = method.scratch_bytes(
-            FfnShape(point.d_model, point.d_ffn),
-            None if point.selection is None else parse_selection(point.selection),
-            point.tokens,
-            size,
-        )
+        shape = FfnShape(point.d_model, point.d_ffn)
+        scratch = method.scratch_bytes(shape, point.rule, point.tokens, size)
         return scratch + point.tokens * point.d_model * size  # and y, which the other figures include
     width = point.d_ffn * size
     fused = method.compiles_on(device) and method.saved_bytes_per_token is None

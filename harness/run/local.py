@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import shutil
@@ -26,9 +27,12 @@ from harness.search.outcome import INFEASIBLE
 from harness.search.storage import StorageError
 from harness.store.folders import results_folder
 from harness.store.leases import Claims
+from harness.sweep.catalog import WORKLOADS
 from harness.sweep.model import Part, Sweep
 from harness.sweep.point import Point
+from harness.sweep.support import unsupported_reason
 from harness.workloads.job import Job
+from harness.workloads.reporter import make_row
 
 # A trial that fails with less left on the disk has failed for that: the point is measured when there is room.
 LEAST_FREE_BYTES = 2**20
@@ -155,7 +159,34 @@ class LocalRun:
     def _measure(
         self, unit: Unit, points: tuple[Point, ...], environment: dict[str, str], stop: Stop | None
     ) -> None:
-        job = Job(
+        job = self._job(unit, points)
+        supported = []
+        for point in job.points:
+            reason = unsupported_reason(point, job.device)
+            if reason is None:
+                supported.append(point)
+            else:
+                self._finished(unit.part, points, self._unsupported(job, point, reason))
+        if not any(point in supported for point in points):
+            return
+        listener = Listener(
+            finished=lambda outcome: self._finished(unit.part, points, outcome),
+            environment=self.store.append_environment,
+            progress=self.progress.advance,
+            stop=stop,
+        )
+        run_job(
+            dataclasses.replace(job, points=tuple(supported)),
+            self.folder,
+            unit.part.limits,
+            listener,
+            device_name=self.device_name,
+            environment=environment,
+            command=self._options.trial_command,
+        )
+
+    def _job(self, unit: Unit, points: tuple[Point, ...]) -> Job:
+        return Job(
             sweep=self._sweep.name,
             run_id=new_run_id(),
             attempt=1,
@@ -165,21 +196,12 @@ class LocalRun:
             work_dir=str(self.folder / "checkpoints"),
             data=self._sweep.data,
         )
-        listener = Listener(
-            finished=lambda outcome: self._finished(unit.part, points, outcome),
-            environment=self.store.append_environment,
-            progress=self.progress.advance,
-            stop=stop,
-        )
-        run_job(
-            job,
-            self.folder,
-            unit.part.limits,
-            listener,
-            device_name=self.device_name,
-            environment=environment,
-            command=self._options.trial_command,
-        )
+
+    def _unsupported(self, job: Job, point: Point, reason: str) -> Finished:
+        """The outcome of a point that no process is started for."""
+        metric, name = WORKLOADS[point.workload].primary_metric, self.device_name
+        row = make_row(job, point, metric, "unsupported", reason, device_name=name, env_id=None)
+        return Finished(point, "unsupported", [row])
 
     def _finished(self, part: Part, points: tuple[Point, ...], outcome: Finished) -> None:
         if outcome.point not in points:

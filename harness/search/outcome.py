@@ -26,7 +26,6 @@ from harness.sweep.grid import assignment_of, baseline_of, make_point, point_of_
 from harness.sweep.metrics import METRICS
 from harness.sweep.model import Optimize, Part, part_name
 from harness.sweep.point import Point
-from moc.selection import parse_selection
 
 Row = Mapping[str, Any]
 
@@ -270,12 +269,16 @@ def _line(
 ) -> dict[str, Any]:
     assert part.optimize is not None
     outcome = judge(part.optimize, len(part.seeds), rows)
-    k = parse_selection(point.selection).k(point.d_ffn) if point.selection else point.d_ffn
     values = outcome.values or (math.nan,) * len(part.optimize.objectives)
     broken = [name for name, excess in outcome.violations.items() if excess > 0]
     line: dict[str, Any] = {
         **assignment,
-        **{"k": k, "k_pct": 100 * k / point.d_ffn, "method": point.method, "point_key": point.key},
+        **{
+            "k": point.k,
+            "k_pct": 100 * point.k / point.d_ffn,
+            "method": point.method,
+            "point_key": point.key,
+        },
         **{"selection": point.selection or "", "lr": point.lr, "tokens": point.tokens},
         **{"status": outcome.status, "detail": outcome.detail, "broken": ", ".join(broken)},
         **{"feasible": outcome.feasible, "speed_vs_dense": math.nan, "speed_paired": False},

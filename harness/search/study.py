@@ -7,6 +7,7 @@ break with more than one worker.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import warnings
@@ -204,15 +205,9 @@ def _is_measured_at_last(rows: Sequence[Row], shown: str) -> bool:
 
 def attributes(point: Point) -> dict[str, Any]:
     """The flat attributes of a point's trial."""
-    from moc.selection import parse_selection
-
-    values = {**point.to_dict(), "k": point.d_ffn, "selection": point.selection or "none"}
-    if point.selection is not None:
-        try:
-            values["k"] = parse_selection(point.selection).k(point.d_ffn)
-        except ValueError:
-            values["k"] = None  # does not fit this width: the point will be `unsupported`
-    values["k_frac"] = None if values["k"] is None else round(values["k"] / point.d_ffn, 4)
+    values = {**point.to_dict(), "selection": point.selection or "none"}
+    with contextlib.suppress(ValueError):  # the rule does not fit this width: the point will be `unsupported`
+        values |= {"k": point.k, "k_frac": round(point.k / point.d_ffn, 4)}
     return {"point_key": point.key, **{name: values.get(name) for name in _ATTRIBUTES}}
 
 

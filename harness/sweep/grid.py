@@ -141,7 +141,7 @@ def assignment_of(
     found: dict[str, AxisValue] = {}
     for name, axis in part.axes.items():
         if name == "k_frac":
-            value: Any = parse_selection(point.selection).k_frac(point.d_ffn) if point.selection else None
+            value: Any = None if point.rule is None else point.k / point.d_ffn
         else:
             value = given.get(name)
         if isinstance(axis, Range):
@@ -155,10 +155,9 @@ def assignment_of(
                 return None
             found[name] = match[0]
     made = make_point(part, found, point.seed, data_ids)
-    if "k_frac" in part.axes and made.selection and point.selection:
-        rules = [parse_selection(made.selection), parse_selection(point.selection)]
-        if rules[0].rule == rules[1].rule and rules[0].k(point.d_ffn) == rules[1].k(point.d_ffn):
-            made = dataclasses.replace(made, selection=point.selection)  # a K has many spellings
+    same_rule = made.rule and point.rule and (made.rule.rule, made.k) == (point.rule.rule, point.k)
+    if "k_frac" in part.axes and same_rule:
+        made = dataclasses.replace(made, selection=point.selection)  # a K has many spellings
     return found if made.key == point.key else None
 
 

@@ -7,7 +7,10 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moc.selection import Selection
 
 SCHEMA_VERSION = 1
 
@@ -44,6 +47,18 @@ class Point:
     def tokens(self) -> int:
         """Tokens in one step."""
         return self.batch * self.seq_len
+
+    @property
+    def rule(self) -> Selection | None:
+        """The parsed `selection`; None for dense methods. Raises ValueError for text that is no rule."""
+        from moc.selection import parse_selection  # here: a trial forks before it imports PyTorch
+
+        return None if self.selection is None else parse_selection(self.selection)  # which keeps a cache
+
+    @property
+    def k(self) -> int:
+        """Channels kept per token: all for dense methods. Raises ValueError if the rule does not fit."""
+        return self.d_ffn if self.rule is None else self.rule.k(self.d_ffn)
 
     @property
     def key(self) -> str:
