@@ -54,33 +54,33 @@ class Search:
         assert part.optimize is not None
         self._n_trials = part.optimize.n_trials
         self._part = part
-        self._study = SearchStudy(sweep, part, storage, device, [], data_ids)
+        self._search = SearchStudy(sweep, part, storage, device, data_ids)
         self._run = run
 
     def open(self, rows: dict[str, list[dict[str, Any]]]) -> int:
         """Bring the study up to date with `rows` by point key; returns how many trials are left."""
         with self._alone():  # or two that start at once would both bring back a lost study's trials
-            self._study.adopt(self._run.claims.held, rows)
-            self._study.sync(rows)
-            self._study.fail_stale(self._run.claims.held)
-        return max(0, self._n_trials - self._study.finished_trials())
+            self._search.adopt(self._run.claims.held, rows)
+            self._search.restore(rows)
+            self._search.study.fail_stale(self._run.claims.held)
+        return max(0, self._n_trials - len(self._search.study.ended()))
 
     def is_done(self, take_over: bool) -> bool:
         """Whether the search has all its trials; with `take_over`, those of dead workers are ended first."""
         with self._alone(), self._run.lock:
             if take_over:
-                self._study.adopt(self._run.claims.held, self._rows())
-                self._study.fail_stale(self._run.claims.held)
-            return self._study.finished_trials() >= self._n_trials
+                self._search.adopt(self._run.claims.held, self._rows())
+                self._search.study.fail_stale(self._run.claims.held)
+            return len(self._search.study.ended()) >= self._n_trials
 
     def run_trial(self, environment: dict[str, str]) -> bool:
         """Measure one trial. Returns False if other workers hold the last trials."""
         with self._alone():
             with self._run.lock:
-                proposal = self._study.propose()
+                proposal = self._search.propose()
             if proposal is None:
                 return False
-            lease = [self._study.lease_of(proposal.trial)]
+            lease = [self._search.study.lease_of(proposal.trial)]
             self._run.claims.take(lease)
         try:
             self._measure(proposal, environment)
@@ -93,7 +93,7 @@ class Search:
 
         def stop(point: Point, percent: int, values: dict[str, float]) -> bool:
             with run.lock:
-                return self._study.note_progress(proposal, point, percent, values)
+                return self._search.note_progress(proposal, point, percent, values)
 
         lost = "given up before" if proposal.pruned else ""  # why nothing more of the trial is measured
         for point, dense in zip(proposal.points, proposal.baselines, strict=True):
@@ -113,12 +113,12 @@ class Search:
                 lost = "left out: another seed of the trial failed"
         # A point proposed before, or measured by another runner meanwhile, is answered from its rows.
         with run.lock:
-            status = self._study.settle(proposal, self._rows())
+            status = self._search.settle(proposal, self._rows())
             if status == "pruned":
-                record_pruned(run.folder, part, proposal.points[0], self._study.reached(proposal))
+                record_pruned(run.folder, part, proposal.points[0], self._search.reached(proposal))
 
     def _alone(self) -> contextlib.AbstractContextManager[None]:
-        return self._run.claims.alone(f"study:{self._study.name}")
+        return self._run.claims.alone(f"study:{self._search.study.name}")
 
     def _rows(self) -> dict[str, list[dict[str, Any]]]:
         return self._run.store.current(self._run.device_name)

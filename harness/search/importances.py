@@ -35,7 +35,6 @@ def importances(search: Search, seed: int = 0) -> pd.DataFrame:
     trials = search.measured
     if len(trials) < MIN_TRIALS or len(search.varied) < 2:
         return pd.DataFrame(columns=columns)
-    optuna.logging.set_verbosity(optuna.logging.WARNING)  # it would announce every resample
     generator = np.random.default_rng(seed)
     samples = generator.integers(len(trials), size=(RESAMPLES, len(trials)))
     lines = []

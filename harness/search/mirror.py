@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from harness.search.storage import Storage, StorageError
-from harness.search.study import PartStudy
+from harness.search.study import GridStudy
 from harness.store.files import RowStore
 from harness.store.leases import Claims
 from harness.store.rows import PointPlace
@@ -34,8 +34,8 @@ class Mirror:
         """`parts` are every part of the sweep with its grid points, `device` is cpu or cuda."""
         self._store = store
         self._claims = claims
-        self._studies: list[tuple[PartStudy, dict[str, Point]]] = [
-            (PartStudy(sweep, part, storage, device, points), {point.key: point for point in points})
+        self._studies: list[tuple[GridStudy, dict[str, Point]]] = [
+            (GridStudy(sweep, part, storage, device, points), {point.key: point for point in points})
             for part, points in parts
             if part.optimize is None
         ]
@@ -47,14 +47,14 @@ class Mirror:
         Then the next update shows it, here or in a later run: no row depends on a study.
         """
         try:
-            for study, points in self._studies:
-                with self._claims.alone(f"study:{study.name}"):
+            for grid, points in self._studies:
+                with self._claims.alone(f"study:{grid.study.name}"):
                     # First the leases, then the rows: what is given back in between has its rows by then.
                     held = self._claims.held()
                     status = {at: new for at, new in self._store.finished().items() if at[1] in points}
                     rows = self._news(status)
-                    study.sync(rows, [points[key] for key in points.keys() & (held | rows.keys())], held)
-                    study.fail_stale(lambda: held)  # noqa: B023 - called at once
+                    grid.sync(rows, [points[key] for key in points.keys() & (held | rows.keys())], held)
+                    grid.study.fail_stale(lambda: held)  # noqa: B023 - called at once
                     self._shown |= status
         except (StorageError, OSError) as error:
             logging.getLogger(__name__).warning("the study is behind: %s", error)

@@ -63,7 +63,7 @@ class Outcome:
         return self.values is not None and all(excess <= 0 for excess in self.violations.values())
 
 
-def judge(search: Optimize, seeds: int, rows: Iterable[Row]) -> Outcome:
+def outcome_of(search: Optimize, seeds: int, rows: Iterable[Row]) -> Outcome:
     """How a trial came out, from the rows of its points, one point per seed.
 
     Older attempts may be among the rows. `running` means that some point has no rows yet.
@@ -268,7 +268,7 @@ def _line(
     part: Part, assignment: Mapping[str, Any], point: Point, rows: list[Row], dense_rows: list[Row]
 ) -> dict[str, Any]:
     assert part.optimize is not None
-    outcome = judge(part.optimize, len(part.seeds), rows)
+    outcome = outcome_of(part.optimize, len(part.seeds), rows)
     values = outcome.values or (math.nan,) * len(part.optimize.objectives)
     broken = [name for name, excess in outcome.violations.items() if excess > 0]
     line: dict[str, Any] = {

@@ -1,32 +1,31 @@
-"""The study of a part that is optimised: it proposes points, takes in what was measured, and gives trials up.
+"""The study of a search: it proposes points, records what was measured, and gives trainings up.
 
-    while (proposal := study.propose()) is not None:
+    while (proposal := search.propose()) is not None:
         ...measure proposal.baselines and proposal.points...
-        study.settle(proposal, rows_by_point_key)
+        search.settle(proposal, rows_by_point_key)
 
-All state that matters is in the rows: a study that was lost takes its trials from them.
+A study that was lost takes its trials from the rows (`restore`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from optuna.exceptions import UpdateFinishedTrialError
+from optuna.storages import BaseStorage
 from optuna.trial import Trial, TrialState
 
 from harness.errors import SpecError, near_miss
-from harness.search.outcome import INFEASIBLE, Outcome, Row, against_dense, judge, trials_of
-from harness.search.samplers import RUNGS, generation_attributes
+from harness.search.outcome import INFEASIBLE, Outcome, Row, against_dense, outcome_of, trials_of
+from harness.search.samplers import RUNGS, generation_attributes, space
 from harness.search.study import PartStudy, attributes, write_note
 from harness.store.rows import MEASURED
 from harness.sweep.catalog import AxisValue
 from harness.sweep.grid import baseline_of, make_point, point_of_row
-from harness.sweep.model import Optimize, Range, part_name
+from harness.sweep.model import Part, Range, Sweep, part_name
 from harness.sweep.point import Point
 
 
@@ -43,20 +42,34 @@ class Proposal:
     pruned: bool = False
 
 
-class SearchStudy(PartStudy):
-    """The study of a part with `mode: optimize`."""
+class SearchStudy:
+    """The study of a part with `mode: optimize`, which proposes trials and ends them."""
+
+    def __init__(
+        self,
+        sweep: Sweep,
+        part: Part,
+        storage: BaseStorage,
+        device: str,
+        data_ids: Mapping[int, str] | None = None,
+    ) -> None:
+        assert part.optimize is not None
+        self._part = part
+        self._settings = part.optimize
+        self._data_ids = dict(data_ids or {})
+        self.study = PartStudy(sweep, part, storage, device, space(part, []), self._data_ids)
 
     def propose(self) -> Proposal | None:
         """The next trial; None once `n_trials` have ended or are running, here or in other workers."""
         if self._taken() >= self._settings.n_trials:
             return None
-        trial = self._study.ask(self._distributions)
+        trial = self.study.optuna.ask(self.study.distributions)
         if self._taken(before=trial.number) >= self._settings.n_trials:
-            self._study.tell(trial, state=TrialState.FAIL)  # another worker took the last one meanwhile
+            self.study.optuna.tell(trial, state=TrialState.FAIL)  # another worker took the last one meanwhile
             return None
-        assignment = {name: self._plain(name, trial.params[name]) for name in self._distributions}
+        assignment = {name: self._plain(name, trial.params[name]) for name in self.study.distributions}
         points = self._points(assignment)
-        proposal = Proposal(trial, points, self._points(baseline_of(self.part, assignment)))
+        proposal = Proposal(trial, points, self._points(baseline_of(self._part, assignment)))
         for name, value in attributes(points[0]).items():
             trial.set_user_attr(name, value)
         # What is measured for it, for whoever has to end it from the rows.
@@ -72,8 +85,8 @@ class SearchStudy(PartStudy):
         `values` are its metrics by name. Only the first seed is judged, and only at `RUNGS`: what it
         survived, the other seeds need not.
         """
-        metric = self.objectives[0].metric
-        if len(self.objectives) > 1 or point.key != proposal.points[0].key:
+        metric = self.study.objectives[0].metric
+        if len(self.study.objectives) > 1 or point.key != proposal.points[0].key:
             return False
         if percent not in RUNGS or metric not in values:
             return False
@@ -84,7 +97,7 @@ class SearchStudy(PartStudy):
 
     def reached(self, proposal: Proposal) -> dict[int, float]:
         """The objective of a training by percent of its tokens, as far as it got."""
-        trials = self._study.get_trials(deepcopy=False)
+        trials = self.study.trials()
         return dict(trials[proposal.trial.number].intermediate_values)
 
     def settle(self, proposal: Proposal, rows: Mapping[str, Sequence[Row]]) -> str:
@@ -98,25 +111,20 @@ class SearchStudy(PartStudy):
         if proposal.pruned and not own:
             return self._prune(proposal)
         outcome = self._outcome(own)
-        self._end_search(proposal.trial, proposal.points[0], own, dense, outcome)
+        self._end(proposal.trial, proposal.points[0], own, dense, outcome)
         if outcome.missing and not self._measured_once():
             measured = sorted({str(row["metric"]) for row in own if row["value"] is not None})
             raise SpecError(
-                f"optimize: {part_name(self.part)} does not measure {outcome.missing[0]} here"
+                f"optimize: {part_name(self._part)} does not measure {outcome.missing[0]} here"
                 f"{near_miss(outcome.missing[0], measured)}"
             )
         return outcome.status
 
-    def sync(
-        self,
-        finished: Mapping[str, Sequence[Row]],
-        points: Iterable[Point] = (),
-        held: Collection[str] = (),
-    ) -> int:
-        """Make the trials again from rows by point key if the study has none that ended; returns how many."""
-        if self._ended():
+    def restore(self, finished: Mapping[str, Sequence[Row]]) -> int:
+        """Add the trials that the rows tell of, if the study has none that ended; returns how many."""
+        if self.study.ended():
             return 0
-        found, rivals = trials_of(self.part, finished, self._data_ids)
+        found, rivals = trials_of(self._part, finished, self._data_ids)
         count = 0
         for assignment, own_points in found[: self._settings.n_trials]:
             first = own_points[0]
@@ -124,8 +132,8 @@ class SearchStudy(PartStudy):
             dense = [row for key in rivals[first.key] for row in finished.get(key, ())]
             outcome = self._outcome(rows)
             if outcome.status != "running":
-                trial = self._start(assignment, first, generation_attributes(self._settings, count))
-                self._end_search(trial, first, rows, dense, outcome)
+                trial = self.study.start(assignment, first, generation_attributes(self._settings, count))
+                self._end(trial, first, rows, dense, outcome)
                 count += 1
         return count
 
@@ -134,12 +142,12 @@ class SearchStudy(PartStudy):
 
         A runner that dies between the rows and the study leaves such trials.
         """
-        for trial in self._stale(held):
+        for trial in self.study.stale(held):
             rows = list(finished.get(str(trial.user_attrs.get("point_key")), ()))
-            point = point_of_row(self.part, rows[0]) if rows else None
+            point = point_of_row(self._part, rows[0]) if rows else None
             if point is None:
                 continue
-            seeds = [dataclasses.replace(point, seed=seed) for seed in self.part.seeds]
+            seeds = [dataclasses.replace(point, seed=seed) for seed in self._part.seeds]
             rows = [row for each in seeds for row in finished.get(each.key, ())]
             outcome = self._outcome(rows)
             if outcome.status != "running":
@@ -150,38 +158,23 @@ class SearchStudy(PartStudy):
                     if key not in own
                     for row in finished.get(key, ())
                 ]
-                trial_id = self._storage.get_trial_id_from_study_id_trial_number(self._study_id, trial.number)
-                self._end_search(Trial(self._study, trial_id), seeds[0], rows, dense, outcome)
-
-    @property
-    def _settings(self) -> Optimize:
-        assert self.part.optimize is not None
-        return self.part.optimize
-
-    def _space_id(self, device: str) -> str:
-        """A search also depends on what it holds fixed: with other text, seeds or limits, older trials would
-        mislead it. The new study takes from the rows what still holds."""
-        fixed = sorted((name, str(value)) for name, value in self.part.fixed.items())
-        limits = sorted(self._settings.constraints.items())
-        more = [fixed, limits, sorted(self.part.seeds), sorted(self._data_ids.values()), device]
-        text = super()._space_id(device) + json.dumps(more)
-        return hashlib.sha256(text.encode()).hexdigest()[:6]
+                self._end(self.study.running(trial.number), seeds[0], rows, dense, outcome)
 
     def _plain(self, name: str, value: AxisValue) -> AxisValue:
         """A sampled value as people write it: four digits say all a learning rate has to say."""
-        axis = self.part.axes[name]
+        axis = self._part.axes[name]
         if isinstance(axis, Range) and isinstance(value, float):
             return min(max(float(f"{value:.4g}"), axis.low), axis.high)
         return value
 
     def _points(self, assignment: Mapping[str, AxisValue]) -> tuple[Point, ...]:
-        return tuple(make_point(self.part, assignment, seed, self._data_ids) for seed in self.part.seeds)
+        return tuple(make_point(self._part, assignment, seed, self._data_ids) for seed in self._part.seeds)
 
     def _outcome(self, rows: Sequence[Row]) -> Outcome:
-        return judge(self._settings, len(self.part.seeds), rows)
+        return outcome_of(self._settings, len(self._part.seeds), rows)
 
     def _recall_pruned(self, proposal: Proposal) -> None:
-        for other in self._study.get_trials(deepcopy=False, states=(TrialState.PRUNED,)):
+        for other in self.study.trials(TrialState.PRUNED):
             if other.user_attrs.get("point_key") == proposal.points[0].key:
                 for step, value in other.intermediate_values.items():
                     proposal.trial.report(value, step)
@@ -193,10 +186,10 @@ class SearchStudy(PartStudy):
         trial.set_user_attr("status", "pruned")
         percent = max(self.reached(proposal), default=0)
         write_note(trial, proposal.points[0], [], "pruned", f"given up at {percent} % of its tokens")
-        self._study.tell(trial, state=TrialState.PRUNED, skip_if_finished=True)
+        self.study.optuna.tell(trial, state=TrialState.PRUNED, skip_if_finished=True)
         return "pruned"
 
-    def _end_search(
+    def _end(
         self, trial: Trial, point: Point, rows: Sequence[Row], dense: Sequence[Row], outcome: Outcome
     ) -> None:
         """End a trial with its constraints and what it is to dense.
@@ -205,7 +198,7 @@ class SearchStudy(PartStudy):
         is a complete trial with the worst value there is that breaks a constraint: samplers never look at
         failed trials, and would propose it again.
         """
-        worst = tuple(math.inf if o.direction == "minimize" else -math.inf for o in self.objectives)
+        worst = tuple(math.inf if o.direction == "minimize" else -math.inf for o in self.study.objectives)
         try:
             for name, ratio in against_dense(self._settings, rows, dense).items():
                 trial.set_user_attr(name, ratio)
@@ -215,16 +208,16 @@ class SearchStudy(PartStudy):
             return  # another runner ended it from the same rows
         if outcome.status in INFEASIBLE:
             outcome = dataclasses.replace(outcome, values=worst)
-        self._end(trial, point, rows, outcome)
+        self.study.end(trial, point, rows, outcome)
 
     def _taken(self, before: int | None = None) -> int:
         """Trials, of those with a lower number than `before`, that have an outcome or may get one."""
         return sum(
             trial.state == TrialState.RUNNING or trial.user_attrs.get("status") not in (None, "running")
-            for trial in self._study.get_trials(deepcopy=False)
+            for trial in self.study.trials()
             if before is None or trial.number < before
         )
 
     def _measured_once(self) -> bool:
-        trials = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        trials = self.study.trials(TrialState.COMPLETE)
         return any(trial.user_attrs.get("status") in MEASURED for trial in trials)

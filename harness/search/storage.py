@@ -49,7 +49,6 @@ def open_storage(folder: Path, url: str | None = None) -> Storage:
     Raises UserError for SQLite, naming the journal as what to use instead, and for a database that is not
     there.
     """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     if url is None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)

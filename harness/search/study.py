@@ -1,8 +1,8 @@
-"""Optuna's view of a sweep part. Only this file, `search`, `samplers` and `importances` call Optuna.
+"""The Optuna studies of a sweep, one for each part.
 
-The rows are the truth: a study that is lost is made again from them, and nothing measured depends on it.
-The default storage is a journal file, which several processes can share; SQLite is refused because its locks
-break with more than one worker.
+A study is made from the rows: one that is lost is made again, and nothing measured depends on it. Studies are
+kept in a journal file that several processes share, or in a database; SQLite is refused, because its locks
+fail with more than one worker.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import optuna
+from optuna.distributions import BaseDistribution
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
-from harness.search.outcome import Outcome, Row, judge
+from harness.search.outcome import Outcome, Row, outcome_of
 from harness.search.samplers import make_pruner, make_sampler, space
 from harness.store.rows import MEASURED, counts_over
 from harness.sweep.catalog import PEAK, PEAK_METRIC, WORKLOADS
@@ -52,9 +53,9 @@ def objectives(part: Part, device: str) -> list[Objective]:
 
 
 class PartStudy:
-    """The Optuna study of one part of a sweep: for a grid a view, one trial a point.
+    """The Optuna study of one part of a sweep: it begins trials and ends them with what was measured.
 
-    `harness.search.proposals.SearchStudy` is the study of a part that is optimised.
+    `GridStudy` and `harness.search.proposals.SearchStudy` decide which trials there are.
     """
 
     def __init__(
@@ -63,18 +64,16 @@ class PartStudy:
         part: Part,
         storage: BaseStorage,
         device: str,
-        points: list[Point],
+        distributions: Mapping[str, BaseDistribution],
         data_ids: Mapping[int, str] | None = None,
     ) -> None:
         self.part = part
-        self._storage = storage
-        self._data_ids = dict(data_ids or {})
         self.objectives = objectives(part, device)
-        self._distributions = space(part, points)
-        self.name = f"{sweep.name}.{part_name(part)}.{self._space_id(device)}"
+        self.distributions = dict(distributions)
+        self.name = f"{sweep.name}.{part_name(part)}.{self._space_id(device, data_ids or {})}"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            self._study = optuna.create_study(
+            self.optuna = optuna.create_study(
                 storage=storage,
                 study_name=self.name,
                 sampler=make_sampler(part.optimize),
@@ -82,31 +81,122 @@ class PartStudy:
                 directions=[objective.direction for objective in self.objectives],
                 load_if_exists=True,
             )
-            self._study.set_metric_names([objective.metric for objective in self.objectives])
-        _label(self._study, sweep, part)
+            self.optuna.set_metric_names([objective.metric for objective in self.objectives])
+        _label(self.optuna, sweep, part)
+        self._storage = storage
         self._study_id = storage.get_study_id_from_name(self.name)
 
+    def start(
+        self, params: Mapping[str, Any], point: Point, system_attrs: dict[str, Any] | None = None
+    ) -> Trial:
+        """A running trial with these parameters; `point` gives its attributes."""
+        template = create_trial(
+            state=TrialState.RUNNING,
+            params=dict(params),
+            distributions=self.distributions,
+            user_attrs=attributes(point),
+            system_attrs=system_attrs,
+        )
+        return Trial(self.optuna, self._storage.create_new_trial(self._study_id, template_trial=template))
+
+    def end(self, trial: Trial, point: Point, rows: Sequence[Row], outcome: Outcome) -> None:
+        """End a trial with its outcome; one that has ended already is left as it is."""
+        if self._storage.get_trial(self._trial_id(trial.number)).state.is_finished():
+            return
+        try:
+            trial.set_user_attr("status", outcome.status)
+            if outcome.detail:
+                trial.set_user_attr("detail", outcome.detail)
+            write_note(trial, point, rows, outcome.status, outcome.detail)
+            if outcome.values is None:
+                self.optuna.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+            else:
+                self.optuna.tell(trial, list(outcome.values), skip_if_finished=True)
+        except optuna.exceptions.UpdateFinishedTrialError:
+            return  # another runner ended it from the same rows
+
+    def trials(self, *states: TrialState) -> list[FrozenTrial]:
+        """The trials in any of these states; all without one."""
+        return self.optuna.get_trials(deepcopy=False, states=states or None)
+
+    def running(self, number: int) -> Trial:
+        """The running trial of that number."""
+        return Trial(self.optuna, self._trial_id(number))
+
+    def ended(self) -> list[FrozenTrial]:
+        """The trials that have ended with an outcome; one that was cut short has none."""
+        return [
+            trial
+            for trial in self.trials()
+            if trial.user_attrs.get("status") not in (None, "running") and trial.state.is_finished()
+        ]
+
+    def lease_of(self, trial: Trial | FrozenTrial) -> str:
+        """The lease that a worker holds while it works on a trial."""
+        return f"trial:{self.name}:{trial.number}"
+
+    def stale(self, held: Callable[[], Collection[str]]) -> list[FrozenTrial]:
+        """Running trials that no living process works on; `held` returns the leases there are."""
+        # First the trials, then the leases: a worker leases a trial right after it has begun it.
+        running = self.trials(TrialState.RUNNING)
+        live = set(held())
+        return [
+            trial
+            for trial in running
+            if live.isdisjoint((self.lease_of(trial), trial.user_attrs.get("point_key")))
+        ]
+
+    def fail_stale(self, held: Callable[[], Collection[str]]) -> None:
+        """End the `stale` trials as failed."""
+        for trial in self.stale(held):
+            self.optuna.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+
+    def _trial_id(self, number: int) -> int:
+        return self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
+
+    def _space_id(self, device: str, data_ids: Mapping[int, str]) -> str:
+        """Part of the study's name: Optuna refuses a study whose parameter space has changed.
+
+        A search also depends on what it holds fixed: with other text, seeds or limits its older trials would
+        mislead the sampler. The new study takes from the rows what still holds.
+        """
+        space_ = [sorted((name, repr(d)) for name, d in self.distributions.items()), str(self.objectives)]
+        text = hashlib.sha256(json.dumps(space_).encode()).hexdigest()[:6]
+        if self.part.optimize is None:
+            return text
+        fixed = sorted((name, str(value)) for name, value in self.part.fixed.items())
+        limits = sorted(self.part.optimize.constraints.items())
+        more = [fixed, limits, sorted(self.part.seeds), sorted(data_ids.values()), device]
+        return hashlib.sha256((text + json.dumps(more)).encode()).hexdigest()[:6]
+
+
+class GridStudy:
+    """The study of a grid: one trial for each point, made from the rows."""
+
+    def __init__(
+        self, sweep: Sweep, part: Part, storage: BaseStorage, device: str, points: Sequence[Point]
+    ) -> None:
+        self.study = PartStudy(sweep, part, storage, device, space(part, points))
+
     def begin(self, point: Point) -> Trial:
-        """A running trial that stands for a measured or soon measured point."""
+        """A running trial for a point that is measured or soon will be."""
         values = {**point.to_dict(), "tokens": point.tokens, "selection": point.selection or "none"}
-        return self._start({name: values[name] for name in self._distributions}, point)
+        return self.study.start({name: values[name] for name in self.study.distributions}, point)
 
     def complete(self, trial: Trial, point: Point, rows: Iterable[Row]) -> None:
-        """End a trial with what was measured; a point without its objectives is a failed trial.
-
-        A trial that has ended already is left as it is.
-        """
+        """End a trial with what was measured; a point without its objectives is a failed trial."""
         rows = list(rows)
-        self._end(trial, point, rows, judge(Optimize(objectives=self.objectives), 1, rows))
+        outcome = outcome_of(Optimize(objectives=self.study.objectives), 1, rows)
+        self.study.end(trial, point, rows, outcome)
 
     def sync(
         self, finished: Mapping[str, Sequence[Row]], points: Iterable[Point], held: Collection[str] = ()
     ) -> int:
-        """End the trials of measured points, and make those that the study does not know, as after its loss;
-        returns how many. Points that are `held` get a running trial."""
+        """End the trials of measured points, and add those that the study lacks, as after its loss; returns
+        how many. Points that are `held` get a running trial."""
         shown: dict[str, str] = {}
         running = {}
-        for trial in self._study.get_trials(deepcopy=False):
+        for trial in self.study.trials():
             key, status = trial.user_attrs.get("point_key", ""), trial.user_attrs.get("status")
             if trial.state == TrialState.RUNNING:
                 running[key] = trial.number
@@ -116,87 +206,12 @@ class PartStudy:
         for point in points:
             rows, key = finished.get(point.key), point.key
             if rows and (key not in shown or _is_measured_at_last(rows, shown[key])):
-                own = self._running(running[key]) if key in running else self.begin(point)
+                own = self.study.running(running[key]) if key in running else self.begin(point)
                 self.complete(own, point, rows)
                 count += 1
             elif key in held and key not in running and key not in shown:
                 self.begin(point)
         return count
-
-    def _running(self, number: int) -> Trial:
-        return Trial(self._study, self._trial_id(number))
-
-    def _trial_id(self, number: int) -> int:
-        return self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
-
-    def lease_of(self, trial: Trial | FrozenTrial) -> str:
-        """What its worker leases for as long as it works on a trial."""
-        return f"trial:{self.name}:{trial.number}"
-
-    def fail_stale(self, held: Callable[[], Collection[str]]) -> None:
-        """End running trials that no living process works on; `held` says which leases there are."""
-        for trial in self._stale(held):
-            self._study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
-
-    def _stale(self, held: Callable[[], Collection[str]]) -> list[FrozenTrial]:
-        # First the trials, then the leases: whoever has begun one by then has leased it before.
-        running = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        live = set(held())
-        return [
-            trial
-            for trial in running
-            if live.isdisjoint((self.lease_of(trial), trial.user_attrs.get("point_key")))
-        ]
-
-    def finished_trials(self) -> int:
-        """How many trials have ended with an outcome; one that was cut short does not count."""
-        return len(self._ended())
-
-    def best(self) -> list[dict[str, Any]]:
-        """The Pareto set (one trial for one objective): parameters, values and attributes."""
-        return [
-            {"number": t.number, "params": t.params, "values": t.values, "attributes": t.user_attrs}
-            for t in self._study.best_trials
-        ]
-
-    def _space_id(self, device: str) -> str:
-        """Part of the study's name, since Optuna refuses a study whose parameter space changed."""
-        space_ = [sorted((name, repr(d)) for name, d in self._distributions.items()), str(self.objectives)]
-        return hashlib.sha256(json.dumps(space_).encode()).hexdigest()[:6]
-
-    def _start(
-        self, params: Mapping[str, Any], point: Point, system_attrs: dict[str, Any] | None = None
-    ) -> Trial:
-        template = create_trial(
-            state=TrialState.RUNNING,
-            params=dict(params),
-            distributions=self._distributions,
-            user_attrs=attributes(point),
-            system_attrs=system_attrs,
-        )
-        return Trial(self._study, self._storage.create_new_trial(self._study_id, template_trial=template))
-
-    def _end(self, trial: Trial, point: Point, rows: Sequence[Row], outcome: Outcome) -> None:
-        if self._storage.get_trial(self._trial_id(trial.number)).state.is_finished():
-            return
-        try:
-            trial.set_user_attr("status", outcome.status)
-            if outcome.detail:
-                trial.set_user_attr("detail", outcome.detail)
-            write_note(trial, point, rows, outcome.status, outcome.detail)
-            if outcome.values is None:
-                self._study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
-            else:
-                self._study.tell(trial, list(outcome.values), skip_if_finished=True)
-        except optuna.exceptions.UpdateFinishedTrialError:
-            return  # another runner ended it from the same rows
-
-    def _ended(self) -> list[FrozenTrial]:
-        return [
-            trial
-            for trial in self._study.get_trials(deepcopy=False)
-            if trial.user_attrs.get("status") not in (None, "running") and trial.state.is_finished()
-        ]
 
 
 def _is_measured_at_last(rows: Sequence[Row], shown: str) -> bool:

@@ -32,11 +32,6 @@ POINT_COLUMNS: tuple[str, ...] = (
 )
 
 
-def read_raw(path: Path) -> list[dict[str, Any]]:
-    """Rows of whole points in the order they were finished."""
-    return [row for batch in whole_batches(read_lines(path)) for row in batch]
-
-
 def read_rows(folder: Path) -> pd.DataFrame:
     """Current rows of a results folder: one batch per device and point, the newest measured one.
 

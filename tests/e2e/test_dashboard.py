@@ -18,7 +18,7 @@ import optuna
 import pytest
 
 from harness.search.storage import open_storage
-from harness.search.study import PartStudy
+from harness.search.study import GridStudy
 from harness.soak.postgres import NoPostgresError, PrivatePostgres
 from harness.sweep.load import parse_sweep
 from harness.sweep.model import Measure
@@ -294,7 +294,7 @@ def add_study(folder: Path, url: str | None = None) -> None:
     sweep = parse_sweep(SMALL, "small.yaml")
     point = Point("ffn_train", "dense", None, "1m", 128, 384, 1, 2, 64, "fp32", 0)
     storage = open_storage(folder, url)
-    study = PartStudy(sweep, sweep.parts[0], storage, "cpu", [point])
+    study = GridStudy(sweep, sweep.parts[0], storage, "cpu", [point])
     job = Job("small", "r1", 1, (point,), Measure(), "cpu", "work")
     values = {"saved_activation_bytes_per_token": 6656.0, "step_ms": 2.0}
     rows = [

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import optuna
 from optuna.storages import BaseStorage, InMemoryStorage
 from rows import rows_of
 
@@ -68,8 +67,7 @@ def trade_off(point: Point) -> list[dict[str, Any]]:
 def open_search(text: str = TRADE_OFF, storage: BaseStorage | None = None) -> tuple[SearchStudy, Sweep]:
     """The search of a sweep's only part, in memory unless a storage is given."""
     sweep = parse_sweep(text, "s.yaml")
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return SearchStudy(sweep, sweep.parts[0], storage or InMemoryStorage(), "cpu", []), sweep
+    return SearchStudy(sweep, sweep.parts[0], storage or InMemoryStorage(), "cpu"), sweep
 
 
 def answer(

@@ -26,7 +26,7 @@ from harness.run.progress import SweepProgress
 from harness.run.runner import run_sweep
 from harness.run.supervise import Finished
 from harness.search.storage import open_storage
-from harness.search.study import PartStudy
+from harness.search.study import GridStudy
 from harness.store.files import Store
 from harness.store.folders import refuse_links, results_folder
 from harness.store.frames import read_rows
@@ -121,7 +121,7 @@ def study_with_rows(folder: Path, method: str) -> Path:
     Store(folder).append(rows)
     (folder / "sweep.yaml").write_text(SEARCH.replace("dense,", f"'{method}',"))
     sweep = parse_sweep(GOOD, "s.yaml")
-    study = PartStudy(sweep, sweep.parts[0], open_storage(folder), "cpu", [train_point()])
+    study = GridStudy(sweep, sweep.parts[0], open_storage(folder), "cpu", [train_point()])
     study.complete(study.begin(train_point()), point, rows)
     return folder
 

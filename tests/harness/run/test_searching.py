@@ -55,7 +55,7 @@ def run(folder: Path, text: str = SWEEP) -> tuple[Summary, str]:
 def study_of(folder: Path, text: str = SWEEP) -> SearchStudy:
     """The sweep's study as the journal has it."""
     sweep = parse_sweep(text, "s.yaml")
-    return SearchStudy(sweep, sweep.parts[0], open_storage(folder / "tuned"), "cpu", [])
+    return SearchStudy(sweep, sweep.parts[0], open_storage(folder / "tuned"), "cpu")
 
 
 def test_a_search_runs_resumes_grows_and_survives_the_loss_of_its_journal(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_a_search_runs_resumes_grows_and_survives_the_loss_of_its_journal(tmp_pa
     assert len(sparse) == 6
     assert set(points["method"]) == {"dense", "moc_reference"}
     assert points["point_key"].is_unique
-    assert study_of(tmp_path).finished_trials() == 6
+    assert len(study_of(tmp_path).study.ended()) == 6
     assert f"[{len(points)}/{len(points)}]" in said
 
     summary, _ = run(tmp_path)
@@ -84,7 +84,7 @@ def test_a_search_runs_resumes_grows_and_survives_the_loss_of_its_journal(tmp_pa
     (tmp_path / "tuned" / JOURNAL_NAME).unlink()
     summary, _ = run(tmp_path, more)
     assert len(wide(read_rows(tmp_path / "tuned"))) == len(grown)
-    assert study_of(tmp_path, more).finished_trials() == 8
+    assert len(study_of(tmp_path, more).study.ended()) == 8
 
 
 def test_the_report_of_a_search_needs_no_journal(tmp_path: Path) -> None:

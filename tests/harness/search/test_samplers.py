@@ -65,7 +65,7 @@ def test_the_best_trials_are_the_known_pareto_set() -> None:
     """What TPE calls best has the one batch that is on the front and learning rates around the true one, and
     reaches over the whole range of K, which is all that moves along the front."""
     study, _ = search_all()
-    best = [trial["params"] for trial in study.best()]
+    best = [trial.params for trial in study.study.optuna.best_trials]
     good = [p for p in best if p["batch"] == 8 and abs(math.log10(p["lr"] / 1e-3)) < 0.25]
     assert len(best) >= 10
     assert len(good) >= 0.8 * len(best)
@@ -90,10 +90,10 @@ def test_one_objective_ends_at_the_bottom_of_a_known_valley() -> None:
 
     study, points = search_all(VALLEY, steep)
     assert len(points) == 40
-    (best,) = study.best()
-    assert best["params"]["k_frac"] == pytest.approx(0.3, abs=0.03)
-    assert best["params"]["lr"] == pytest.approx(1e-3, rel=0.4)
-    assert best["params"]["batch"] != 16
+    (best,) = study.study.optuna.best_trials
+    assert best.params["k_frac"] == pytest.approx(0.3, abs=0.03)
+    assert best.params["lr"] == pytest.approx(1e-3, rel=0.4)
+    assert best.params["batch"] != 16
 
 
 def test_a_limit_keeps_the_best_trials_on_its_side() -> None:
@@ -104,8 +104,8 @@ def test_a_limit_keeps_the_best_trials_on_its_side() -> None:
     for sampler in inside:
         for seed in range(4):
             study, points = search_all(text.replace("sampler: tpe", f"sampler: {sampler}\n  seed: {seed}"))
-            best = study.best()
-            assert all(trial["values"][0] <= 24 and trial["values"][1] >= 1200 for trial in best)
+            best = study.study.optuna.best_trials
+            assert all(trial.values[0] <= 24 and trial.values[1] >= 1200 for trial in best)
             assert best or sampler == "random"
             late = losses(points[30:])
             inside[sampler] += int(((late[:, 0] <= 24) & (-late[:, 1] >= 1200)).sum())

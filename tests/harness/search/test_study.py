@@ -24,7 +24,7 @@ Rows = dict[str, list[dict[str, Any]]]
 
 def trials_of(study: SearchStudy, storage: Any) -> list[optuna.trial.FrozenTrial]:
     """All trials of a study as the storage has them."""
-    return optuna.load_study(study_name=study.name, storage=storage).trials
+    return optuna.load_study(study_name=study.study.name, storage=storage).trials
 
 
 def tight(point: Point) -> list[dict[str, Any]]:
@@ -73,7 +73,7 @@ def test_points_that_cannot_be_measured_are_complete_infeasible_and_worst() -> N
     assert [trial.values for trial in infeasible] == [[float("inf"), float("-inf")]] * 4
     assert [trial.constraints for trial in infeasible] == [{name: 1.0} for name in broken.values()]
     assert (crashed.state, crashed.constraints) == (TrialState.FAIL, {})
-    assert study.best() == []
+    assert study.study.optuna.best_trials == []
     assert infeasible[0].user_attrs["detail"] == "because"
 
 
@@ -162,7 +162,7 @@ def test_several_seeds_are_measured_for_each_trial_and_averaged() -> None:
     ended, unfinished = trials_of(study, storage)
     assert ended.values == [14.0, 400.0]
     assert unfinished.state == TrialState.FAIL
-    assert study.finished_trials() == 1
+    assert len(study.study.ended()) == 1
     assert first.key != second.key
 
 
@@ -186,7 +186,7 @@ def test_a_worker_that_comes_last_takes_no_trial_beyond_the_budget() -> None:
     assert running is not None
     assert open_search(SHORT, storage)[0].propose() is None
     answer(study, running)
-    assert study.finished_trials() == 12
+    assert len(study.study.ended()) == 12
 
 
 def test_of_two_workers_that_take_the_last_trial_at_once_one_gets_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,17 +194,17 @@ def test_of_two_workers_that_take_the_last_trial_at_once_one_gets_it(monkeypatch
     storage = InMemoryStorage()
     slow, quick = (open_search(SHORT, storage)[0] for _ in range(2))
     run(slow, 11)
-    ask, taken = slow._study.ask, []
+    ask, taken = slow.study.optuna.ask, []
 
     def ask_late(*arguments: Any) -> optuna.trial.Trial:
         taken.append(quick.propose())
         return ask(*arguments)
 
-    monkeypatch.setattr(slow._study, "ask", ask_late)
+    monkeypatch.setattr(slow.study.optuna, "ask", ask_late)
     assert slow.propose() is None
     assert taken[0] is not None
     answer(quick, taken[0])
-    assert quick.finished_trials() == 12
+    assert len(quick.study.ended()) == 12
 
 
 def test_a_search_made_again_breeds_from_what_it_found() -> None:
@@ -216,7 +216,7 @@ def test_a_search_made_again_breeds_from_what_it_found() -> None:
         rows: Rows = {}
         run(open_search(text)[0], 40, rows, tight)
         again, _ = open_search(text)
-        again.sync(rows)
+        again.restore(rows)
         drawn += run(again, 4, measure=tight)
     assert sum(point.batch == 16 for point in drawn) <= 24  # of 120; by chance 40
 
@@ -238,9 +238,9 @@ def test_an_interrupted_search_goes_on_with_what_is_left(tmp_path: Path) -> None
     assert study.propose() is not None  # and the process is gone
     again, _ = open_search(SHORT, open_storage(tmp_path))
     again.adopt(set, rows)
-    assert again.sync(rows) == 0
-    again.fail_stale(set)
-    assert again.finished_trials() == 5
+    assert again.restore(rows) == 0
+    again.study.fail_stale(set)
+    assert len(again.study.ended()) == 5
     after = run(again, 7, rows)
     assert again.propose() is None
     assert {point.key for point in before}.isdisjoint(point.key for point in after)
@@ -256,15 +256,15 @@ def test_a_trial_whose_rows_are_there_is_ended_from_them(tmp_path: Path) -> None
     points = (*proposal.points, *proposal.baselines)
     rows = {point.key: trade_off(point) for point in points}
     again, _ = open_search(SHORT, open_storage(tmp_path))
-    again.adopt(lambda: {study.lease_of(proposal.trial)}, rows)
-    again.fail_stale(lambda: {study.lease_of(proposal.trial)})
+    again.adopt(lambda: {study.study.lease_of(proposal.trial)}, rows)
+    again.study.fail_stale(lambda: {study.study.lease_of(proposal.trial)})
     assert [trial.state for trial in trials_of(again, storage)] == [TrialState.RUNNING]
     again.adopt(set, rows)
     (trial,) = trials_of(again, storage)
     assert trial.state == TrialState.COMPLETE
     assert "speed_vs_dense" in trial.user_attrs
     assert study.settle(proposal, rows) == "ok"  # the first runner was slow, not dead: nothing breaks
-    assert study.finished_trials() == 1
+    assert len(study.study.ended()) == 1
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "nsga2"])
@@ -278,10 +278,10 @@ def test_a_lost_journal_is_made_again_from_the_rows_alone(sampler: str) -> None:
 
     run(study, 40, rows, tight)
     again, _ = open_search(text, fresh)
-    assert again.name == study.name
+    assert again.study.name == study.study.name
     distinct = {trial.user_attrs["point_key"]: trial for trial in trials_of(study, storage)}
-    assert again.sync(rows) == len(distinct)
-    assert again.sync(rows) == 0
+    assert again.restore(rows) == len(distinct)
+    assert again.restore(rows) == 0
     for trial in trials_of(again, fresh):
         old = distinct[trial.user_attrs["point_key"]]
         assert trial.values == old.values
@@ -303,11 +303,11 @@ def test_changed_limits_or_data_make_a_new_study_from_the_same_rows() -> None:
     run(study, 6, rows)
     storage = InMemoryStorage()
     limited, _ = open_search(SHORT + "  constraints: {tokens_per_s: 1e9}\n", storage)
-    assert limited.name != study.name
-    assert limited.sync(rows) == 6
+    assert limited.study.name != study.study.name
+    assert limited.restore(rows) == 6
     assert all(trial.constraints["tokens_per_s"] > 0 for trial in trials_of(limited, storage))
     budget = SHORT.replace("train_tokens: 8192", "train_tokens: 16384")
-    assert open_search(budget)[0].sync(rows) == 0
+    assert open_search(budget)[0].restore(rows) == 0
 
 
 def test_dense_among_the_methods_is_a_trial_and_a_baseline_is_not() -> None:
@@ -320,7 +320,7 @@ def test_dense_among_the_methods_is_a_trial_and_a_baseline_is_not() -> None:
     assert {point.method for point in points} == {"dense", "moc_reference"}
     assert len(rows) > 8
     again, _ = open_search(text)
-    assert again.sync(rows) == 8
+    assert again.restore(rows) == 8
 
 
 def test_a_metric_that_is_never_measured_is_refused_at_once() -> None:
@@ -366,8 +366,8 @@ def test_a_bad_training_is_given_up_and_leaves_no_measurement() -> None:
     last = trials_of(study, storage)[-1]
     assert last.state == TrialState.PRUNED
     assert last.user_attrs["status"] == "pruned"
-    assert all(trial["number"] != last.number for trial in study.best())
-    assert study.finished_trials() == 8
+    assert all(trial.number != last.number for trial in study.study.optuna.best_trials)
+    assert len(study.study.ended()) == 8
 
 
 def test_a_pruned_point_proposed_again_is_pruned_without_a_run(monkeypatch: pytest.MonkeyPatch) -> None:

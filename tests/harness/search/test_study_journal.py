@@ -10,7 +10,7 @@ from rows import rows_of, train_point
 
 from harness.errors import UserError
 from harness.search.storage import open_storage
-from harness.search.study import PartStudy
+from harness.search.study import GridStudy
 from harness.sweep.load import parse_sweep
 from harness.sweep.model import Part, Sweep
 
@@ -25,20 +25,20 @@ VALUES = {"saved_activation_bytes_per_token": 100.0, "step_ms": 2.0}
 POINTS = [train_point(), train_point("moc_reference", "topk:0.25")]
 
 
-def open_study(folder: Path, text: str = GRID) -> tuple[PartStudy, Sweep, Part]:
+def open_study(folder: Path, text: str = GRID) -> tuple[GridStudy, Sweep, Part]:
     """A study of the sweep's only part in `folder`."""
     sweep = parse_sweep(text, "s.yaml")
     part = sweep.parts[0]
     return (
-        PartStudy(sweep, part, open_storage(folder), "cpu", POINTS if part.mode == "grid" else []),
+        GridStudy(sweep, part, open_storage(folder), "cpu", POINTS if part.mode == "grid" else []),
         sweep,
         part,
     )
 
 
-def trials(folder: Path, study: PartStudy) -> list[optuna.trial.FrozenTrial]:
+def trials(folder: Path, study: GridStudy) -> list[optuna.trial.FrozenTrial]:
     """All trials as another process reading the journal would see them."""
-    return optuna.load_study(study_name=study.name, storage=open_storage(folder)).trials
+    return optuna.load_study(study_name=study.study.name, storage=open_storage(folder)).trials
 
 
 def test_a_measured_point_is_a_complete_trial_with_flat_attributes(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_running_trials_of_a_dead_runner_are_ended_and_living_ones_kept(tmp_path
     study, _, _ = open_study(tmp_path)
     for point in POINTS:
         study.begin(point)
-    study.fail_stale(lambda: {POINTS[1].key})
+    study.study.fail_stale(lambda: {POINTS[1].key})
     assert [trial.state.name for trial in trials(tmp_path, study)] == ["FAIL", "RUNNING"]
 
 
@@ -103,8 +103,8 @@ def test_a_changed_grid_gets_a_study_of_its_own(tmp_path: Path) -> None:
     """Optuna cannot change a parameter's choices, so other choices mean another study."""
     first, _, _ = open_study(tmp_path)
     sweep = parse_sweep(GRID, "s.yaml")
-    other = PartStudy(sweep, sweep.parts[0], open_storage(tmp_path), "cpu", POINTS[:1])
-    assert first.name != other.name
+    other = GridStudy(sweep, sweep.parts[0], open_storage(tmp_path), "cpu", POINTS[:1])
+    assert first.study.name != other.study.name
 
 
 def test_sqlite_is_refused_and_the_journal_named(tmp_path: Path) -> None:

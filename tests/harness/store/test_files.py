@@ -9,10 +9,15 @@ import pytest
 from rows import rows_of, train_point
 
 from harness.store.files import Store, failure_log
-from harness.store.frames import export, read_raw, read_rows, read_samples, wide
+from harness.store.frames import export, read_rows, read_samples, wide
 from harness.store.rows import COLUMNS
 
 VALUES = {"step_ms": 2.0, "forward_ms": 0.5, "saved_activation_bytes_per_token": 100.0}
+
+
+def whole_rows(folder: Path) -> list[dict[str, object]]:
+    """Every row of every whole outcome, in the order they were written."""
+    return [row for batch in Store(folder).batches() for row in batch.rows]
 
 
 def test_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
@@ -42,7 +47,7 @@ def test_a_failure_gives_way_to_a_later_success(tmp_path: Path) -> None:
     assert store.finished() == {("D", train_point().key): "crashed"}
     assert store.append(rows_of(train_point(), VALUES, run_id="r2"))
     assert set(read_rows(tmp_path)["status"]) == {"ok"}
-    assert len(read_raw(tmp_path / "rows.jsonl")) == 4
+    assert len(whole_rows(tmp_path)) == 4
 
 
 def test_a_later_failure_does_not_hide_a_measurement(tmp_path: Path) -> None:
@@ -65,7 +70,7 @@ def test_the_same_outcome_is_written_once(tmp_path: Path) -> None:
     failure = rows_of(train_point(), {}, status="oom")
     assert Store(tmp_path).append(failure)
     assert not Store(tmp_path).append(failure)
-    assert len(read_raw(tmp_path / "rows.jsonl")) == 1
+    assert len(whole_rows(tmp_path)) == 1
 
 
 def test_every_writer_sees_what_the_others_wrote(tmp_path: Path) -> None:
@@ -167,7 +172,7 @@ def test_rows_outside_the_schema_are_refused(tmp_path: Path, change: dict[str, s
     rows[1] = {**rows[1], **change}
     with pytest.raises(ValueError, match=message):
         Store(tmp_path).append(rows)
-    assert read_raw(tmp_path / "rows.jsonl") == []
+    assert whole_rows(tmp_path) == []
 
 
 def test_a_point_needs_its_primary_metric(tmp_path: Path) -> None:

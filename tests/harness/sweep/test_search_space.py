@@ -9,7 +9,7 @@ import pytest
 from optimize_surface import TRADE_OFF, answer, k_frac, open_search, trade_off
 
 from harness.errors import SpecError
-from harness.search.outcome import judge, pruned_trials, read_search, record_pruned
+from harness.search.outcome import outcome_of, pruned_trials, read_search, record_pruned
 from harness.store.files import Store
 from harness.store.frames import read_rows
 from harness.sweep.grid import assignment_of, baseline_of, make_point, point_of_row
@@ -191,14 +191,14 @@ def test_the_newest_measured_attempt_counts() -> None:
     good = trade_off(point)
     crash = [{**good[-1], "run_id": "r2", "status": "crashed", "detail": "x", "value": None}]
     for rows in (good, crash + good, good + crash):
-        outcome = judge(part.optimize, 1, rows)
+        outcome = outcome_of(part.optimize, 1, rows)
         assert (outcome.status, outcome.feasible) == ("ok", True)
-    assert judge(part.optimize, 1, crash).status == "crashed"
+    assert outcome_of(part.optimize, 1, crash).status == "crashed"
     later = [{**crash[0], "run_id": "r3", "status": "oom"}]
-    assert judge(part.optimize, 1, crash + later).status == "oom"
-    assert judge(part.optimize, 1, later + crash).status == "crashed"
-    assert judge(part.optimize, 2, good).status == "running"
-    assert judge(part.optimize, 1, []).status == "running"
+    assert outcome_of(part.optimize, 1, crash + later).status == "oom"
+    assert outcome_of(part.optimize, 1, later + crash).status == "crashed"
+    assert outcome_of(part.optimize, 2, good).status == "running"
+    assert outcome_of(part.optimize, 1, []).status == "running"
 
 
 def test_the_table_of_a_search_agrees_with_its_study(tmp_path: Path) -> None:
@@ -217,13 +217,13 @@ def test_the_table_of_a_search_agrees_with_its_study(tmp_path: Path) -> None:
     search = read_search(sweep.parts[0], read_rows(tmp_path))
     assert search is not None
     assert search.trials["point_key"].tolist() == keys
-    best = {trial["attributes"]["point_key"]: trial for trial in study.best()}
+    best = {trial.user_attrs["point_key"]: trial for trial in study.study.optuna.best_trials}
     front = search.trials[search.trials["on_front"]]
     assert set(front["point_key"]) == set(best)
     for _, line in front.iterrows():
         trial = best[line["point_key"]]
-        assert [line["perplexity"], line["tokens_per_s"]] == trial["values"]
-        assert line["speed_vs_dense"] == pytest.approx(trial["attributes"]["speed_vs_dense"])
+        assert [line["perplexity"], line["tokens_per_s"]] == trial.values
+        assert line["speed_vs_dense"] == pytest.approx(trial.user_attrs["speed_vs_dense"])
     assert sorted(search.dense["batch"]) == [4, 8, 16]
     assert set(search.dense["lr"]) == {1e-3}
     assert search.keys == set(rows)
