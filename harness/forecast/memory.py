@@ -23,10 +23,10 @@ How far it is off where points are measured stands in `docs/plan.md`.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import psutil
 import torch
 
 from harness.sweep.catalog import WORKLOADS
@@ -172,7 +172,7 @@ def device_bytes(device: str) -> int:
     """Memory of the device: the GPU's, or what the machine and its control group let this process use."""
     if device == "cuda":
         return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    total = int(psutil.virtual_memory().total)
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text(encoding="ascii").strip() if limit.exists() else "max"
     return min(total, int(text)) if text.isdigit() else total

@@ -17,11 +17,10 @@ import select
 import signal
 import subprocess
 import uuid
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import IO, NoReturn
 
-from harness.store.processes import environments, identity, is_gone
+from harness.store.processes import identity, is_gone, with_variable
 
 GUARD_VARIABLE = "MOCBENCH_GUARD_FD"
 # In the environment of all that a trial starts: who its runner is, and which of its trials. So what is left
@@ -78,11 +77,13 @@ class GuardedProcess:
 
     def memory_bytes(self) -> int:
         """Resident bytes of the process group, shared pages counted for each process that has them."""
+        import psutil
+
         total = 0
-        page = os.sysconf("SC_PAGE_SIZE")
-        for fields in _processes():
-            if int(fields[4]) == self.pid:
-                total += int(fields[23]) * page
+        for process in psutil.process_iter():
+            with contextlib.suppress(ProcessLookupError, psutil.Error):
+                if os.getpgid(process.pid) == self.pid:
+                    total += process.memory_info().rss
         return total
 
 
@@ -118,35 +119,28 @@ def _watch(trial: int, lifeline: int) -> int:
         if gone == trial:
             outcome = status
         if gone == 0:
-            for child in _children():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(child, signal.SIGKILL)
+            import psutil  # here: a trial enters at once, and most leave nothing behind
+
+            for child in psutil.Process().children():
+                with contextlib.suppress(psutil.Error):
+                    child.kill()
             # Killed processes hand their own children up to here: look again when one is gone.
             os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
 
 
 def end_orphans() -> None:
     """Kill what is left of trials on this machine whose runner was killed together with their guard."""
-    for pid, mark in _marked():
+    for pid, mark in with_variable(MARK_VARIABLE):
         if is_gone(mark.rpartition("/")[0]):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
 
 def _kill_marked(mark: str) -> None:
-    while left := [pid for pid, other in _marked() if other == mark]:
+    while left := [pid for pid, other in with_variable(MARK_VARIABLE) if other == mark]:
         for pid in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-
-
-def _marked() -> Iterator[tuple[int, str]]:
-    """Every process that a trial started, and its mark."""
-    prefix = f"{MARK_VARIABLE}=".encode()
-    for pid, environment in environments():
-        for item in environment:
-            if item.startswith(prefix):
-                yield pid, item.removeprefix(prefix).decode()
 
 
 def _end_as(status: int) -> NoReturn:
@@ -158,22 +152,6 @@ def _end_as(status: int) -> NoReturn:
             signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
     os._exit(os.waitstatus_to_exitcode(status))
-
-
-def _children() -> list[int]:
-    me = str(os.getpid())
-    listed = Path(f"/proc/{me}/task/{me}/children")
-    if listed.exists():
-        return [int(pid) for pid in listed.read_text().split()]
-    return [int(fields[0]) for fields in _processes() if fields[3] == me]
-
-
-def _processes() -> Iterator[list[str]]:
-    """The fields of /proc/PID/stat of every process, in proc(5)'s order with the name left empty."""
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            text = stat.read_text()
-            yield [text.partition(" ")[0], "", *text.rpartition(")")[2].split()]
 
 
 def _prctl(option: int, value: int) -> None:

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import threading
-import time
 from types import TracebackType
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from harness.run.supervise import Finished
 from harness.store.files import MEASURED
 from harness.sweep.catalog import WORKLOADS
 from harness.sweep.metrics import METRICS
 from harness.sweep.point import Point
+
+SPEED_SECONDS = 24 * 3600.0  # of points that the time left is estimated from; rich's own 30 s hold none
 
 
 class SweepProgress:
@@ -26,7 +35,6 @@ class SweepProgress:
         self._done = already_done
         self._already = already_done
         self._failed = 0
-        self._started = time.monotonic()
         self._best: dict[str, tuple[float, str]] = {}
         self._running: dict[str, TaskID] = {}
         self._lock = threading.Lock()
@@ -35,8 +43,10 @@ class SweepProgress:
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
+            TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
             console=console,
+            speed_estimate_period=SPEED_SECONDS,
             disable=not console.is_terminal,
         )
         self._sweep = self._bar.add_task("points", total=total, completed=already_done, note="")
@@ -88,7 +98,7 @@ class SweepProgress:
                 said = f"{row['value']:,.4g} {METRICS[metric].unit}"
             else:
                 said = f"[bold]{outcome.status}[/bold]: {escape(row['detail'])}"
-            note = f"failed {self._failed} · left {self._left()} · {self._best_text()}"
+            note = f"failed {self._failed} · {self._best_text()}"
             self._bar.update(self._sweep, completed=self._done, note=note)
             place = f"[{self._done}/{self._total}]"
             self._console.print(f"\\{place} {outcome.point.label}: {said}", highlight=False)
@@ -102,8 +112,3 @@ class SweepProgress:
         return " · ".join(
             f"best {value:,.4g} {METRICS[metric].unit} ({who})" for metric, (value, who) in self._best.items()
         )
-
-    def _left(self) -> str:
-        fresh = self._done - self._already
-        seconds = (time.monotonic() - self._started) / max(fresh, 1) * (self._total - self._done)
-        return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"

@@ -1,8 +1,6 @@
 """`python -m harness.soak`."""
 
-import sys
-
-from harness.soak.run import main
+from harness.soak.run import app
 
 if __name__ == "__main__":
-    sys.exit(main())
+    app()

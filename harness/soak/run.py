@@ -12,8 +12,8 @@ left.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
+import enum
 import itertools
 import json
 import math
@@ -29,11 +29,15 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
+
+import psutil
+import typer
 
 from harness.measure.environment import device_name
 from harness.soak.trial import DEVICE_VARIABLE, SECONDS_VARIABLE, expected_value
 from harness.store.files import RowStore, Store
-from harness.store.processes import environments
+from harness.store.processes import with_variable
 from harness.store.rows import MEASURED
 from harness.sweep.load import parse_sweep
 from harness.sweep.model import Sweep
@@ -44,6 +48,15 @@ RAY_NODES = 2
 # Victims and how often each is chosen. A Ray driver takes its workers with it, so there it is left alone.
 WEIGHTS = {"run": 1, "worker": 3, "trial": 4}
 WEIGHTS_ON_RAY = {"worker": 3, "trial": 4}
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+class Over(enum.StrEnum):
+    """Where the rows of a soak run come together, or who places its workers."""
+
+    folder = "folder"
+    postgres = "postgres"
+    ray = "ray"
 
 
 @dataclass
@@ -242,11 +255,11 @@ def _overhead_ms(folder: Path) -> float:
 def _processes(mark: str) -> dict[str, list[int]]:
     """Living processes of the soak run by role; `other` are the helpers of trials and of Ray."""
     found: dict[str, list[int]] = {"run": [], "worker": [], "trial": [], "other": []}
-    for pid, environment in environments():
-        if f"{MARK_VARIABLE}={mark}".encode() not in environment:
+    for pid, value in with_variable(MARK_VARIABLE):
+        if value != mark:
             continue
-        with contextlib.suppress(OSError):
-            words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+        with contextlib.suppress(psutil.Error):
+            words = psutil.Process(pid).cmdline() or [""]
             role = "other"
             if "--role" in words:
                 role = words[words.index("--role") + 1]
@@ -301,21 +314,26 @@ def _play(role: str, points: int, results: Path, storage: str | None, executor: 
     play(soak_sweep(points), options, Console())
 
 
-def main() -> int:
-    """Entry point."""
-    parser = argparse.ArgumentParser(prog="python -m harness.soak", description=__doc__.partition("\n")[0])
-    parser.add_argument("--points", type=int, default=200)
-    parser.add_argument("--workers", type=int, default=4)
-    parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--over", choices=("folder", "postgres", "ray"), default="folder")
-    parser.add_argument("--trial-seconds", type=float, default=0.1, help="mean; default 0.1")
-    for name in ("--role", "--results", "--storage", "--executor"):  # for the processes that it starts
-        parser.add_argument(name, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.role is not None:
-        _play(given.role, given.points, Path(given.results), given.storage, given.executor or "local")
-        return 0
-    verdict = soak(given.points, given.workers, given.kills, given.seed, given.over, given.trial_seconds)
+@app.command()
+def main(
+    points: Annotated[int, typer.Option(min=1)] = 200,
+    workers: Annotated[int, typer.Option(min=1)] = 4,
+    kills: Annotated[int, typer.Option(min=0)] = 100,
+    seed: int = 0,
+    over: Annotated[Over, typer.Option(help="Where the rows come together, or who places workers.")] = (
+        Over.folder
+    ),
+    trial_seconds: Annotated[float, typer.Option(help="Of a trial, in the mean.")] = 0.1,
+    role: Annotated[str | None, typer.Option(hidden=True)] = None,
+    results: Annotated[Path, typer.Option(hidden=True)] = Path("results"),
+    storage: Annotated[str | None, typer.Option(hidden=True)] = None,
+    executor: Annotated[str, typer.Option(hidden=True)] = "local",
+) -> None:
+    """Kill the processes of a sweep at random and count what is lost; hidden options are of its processes."""
+    if role is not None:
+        _play(role, points, results, storage, executor)
+        return
+    verdict = soak(points, workers, kills, seed, over, trial_seconds)
     print(verdict.text())
-    return 0 if verdict.good else 1
+    if not verdict.good:
+        raise typer.Exit(1)
