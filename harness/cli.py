@@ -317,7 +317,9 @@ def compare(
 
     injections = parse_injections(inject or [])
     code = compare_sides(
-        *(base, head, _device(device)),
+        base,
+        head,
+        _device(device),
         output=output,
         inject=injections,
         runs=runs,

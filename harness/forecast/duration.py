@@ -26,7 +26,7 @@ _UNIT = {"step_ms": 1e-3, "latency_us": 1e-6, "latency_ms": 1e-3}
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Duration:
     """Seconds of a point, without the start of its process."""
 
     seconds: float
@@ -61,7 +61,7 @@ class History:
                     return value
         return None
 
-    def estimate(self, part: Part, point: Point) -> Estimate | None:
+    def estimate(self, part: Part, point: Point) -> Duration | None:
         """How long the point will take; None if its method was never measured on this device.
 
         The source is the nearest point of the same workload, method and dtype: of the same selection if there
@@ -90,7 +90,7 @@ class History:
             seconds = (
                 _POINT_SECONDS + compile_s + min(timed, workload.loops * part.measure.timing.max_seconds)
             )
-        return Estimate(seconds, abs(ratio - 1) > 1e-9)
+        return Duration(seconds, abs(ratio - 1) > 1e-9)
 
 
 def step_flops(point: Point) -> float:

@@ -51,22 +51,22 @@ class Peak:
     """Predicted bytes of a point."""
 
     row_bytes: float  # what the peak-memory row of the point will say
-    beside_bytes: float  # what the process holds besides
+    other_bytes: float  # what the process holds beyond the row
     slack: float  # how much more the device gives out than is counted
     assumed: bool  # the method has no formula for what it saves; dense SwiGLU is assumed in its place
 
     @property
     def process_bytes(self) -> float:
         """What has to fit on the device."""
-        return (self.row_bytes + self.beside_bytes) * self.slack
+        return (self.row_bytes + self.other_bytes) * self.slack
 
-    def moved(self, rival: Peak, measured: float) -> Peak:
+    def corrected_by(self, rival: Peak, measured: float) -> Peak:
         """The prediction corrected by the measured peak of a rival, which the formula puts at `rival`.
 
         What two methods of one setting differ in is what they save, so the rest of the formula cancels.
         """
-        moved = max(0.0, measured + self.row_bytes - rival.row_bytes)
-        return replace(self, row_bytes=moved, slack=1.0)
+        corrected = max(0.0, measured + self.row_bytes - rival.row_bytes)
+        return replace(self, row_bytes=corrected, slack=1.0)
 
 
 def predict_peak(point: Point, device: str, saved_bytes: float | None = None) -> Peak | None:

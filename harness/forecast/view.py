@@ -167,9 +167,9 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
-def _fills(line: Line, share: float) -> bool:
-    """Whether a point is predicted to need more than so many bytes."""
-    return line.peak is not None and line.peak.process_bytes > share
+def _fills(line: Line, limit: float) -> bool:
+    """Whether a point is predicted to need more than `limit` bytes."""
+    return line.peak is not None and line.peak.process_bytes > limit
 
 
 def _fit(line: Line, limit: float) -> str:
@@ -199,7 +199,7 @@ def _duration(line: Line, limit: float) -> str:
 
 
 def _corrected(lines: list[Line]) -> list[Line]:
-    """Predictions of unmeasured points moved by a measured rival of the same setting, a dense one if any."""
+    """Predictions of unmeasured points, corrected by a measured rival of the same setting, dense if any."""
     rivals: dict[tuple[Any, ...], tuple[Peak, float]] = {}
     for line in sorted(lines, key=lambda line: not get_method(line.point.method).is_dense):
         if line.peak is not None and line.measured_bytes is not None:
@@ -208,7 +208,7 @@ def _corrected(lines: list[Line]) -> list[Line]:
     for line in lines:
         rival = rivals.get(line.point.group_key)
         if rival is not None and line.peak is not None and line.measured_bytes is None:
-            line = replace(line, peak=line.peak.moved(*rival))
+            line = replace(line, peak=line.peak.corrected_by(*rival))
         corrected.append(line)
     return corrected
 

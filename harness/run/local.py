@@ -19,7 +19,7 @@ from harness.run.options import MEANWHILE_SECONDS, RunOptions, Summary, worker_e
 from harness.run.plan import Unit, grid_points, is_missing, units
 from harness.run.progress import SweepProgress
 from harness.run.queue import WAIT_SECONDS, Work
-from harness.run.searching import Search
+from harness.run.searching import SearchRun
 from harness.run.shared import Shared, open_shared
 from harness.run.supervise import Finished, Listener, Stop, new_run_id, run_job
 from harness.run.text import prepare_data
@@ -86,13 +86,15 @@ class LocalRun:
         """Start one thread a worker and wait for all of them; `meanwhile` is called again and again, and once
         at the end."""
         end_orphans()
-        work: Work[Search | Unit] = Work()
+        work: Work[SearchRun | Unit] = Work()
         status = self.store.finished()
         rows = self.store.current(self.device_name)
         self._old_runs = {own[-1]["run_id"] for own in rows.values()}
         for part, points in grid_points(self._sweep, self._data_ids):
             if part.optimize is not None:
-                search = Search(self._sweep, part, self._storage, self._options.device, self._data_ids, self)
+                search = SearchRun(
+                    self._sweep, part, self._storage, self._options.device, self._data_ids, self
+                )
                 left = search.open(rows)
                 self._summary.total += part.optimize.n_trials * len(part.seeds)
                 self._summary.already_done += (part.optimize.n_trials - left) * len(part.seeds)
@@ -119,10 +121,10 @@ class LocalRun:
         work.raise_error()
         return self._summary
 
-    def _work(self, work: Work[Search | Unit], environment: dict[str, str]) -> None:
+    def _work(self, work: Work[SearchRun | Unit], environment: dict[str, str]) -> None:
         try:
             for item in work:
-                if isinstance(item, Search):
+                if isinstance(item, SearchRun):
                     took_one = item.run_trial(environment)
                     if not item.is_done(take_over=not took_one):
                         work.put_back(item, wait=not took_one)

@@ -1,4 +1,4 @@
-"""From a sweep and the rows already there to the work that is left; nothing here runs anything."""
+"""The work that is left of a sweep, given the rows there are; nothing here runs anything."""
 
 from __future__ import annotations
 

@@ -100,8 +100,8 @@ class SweepProgress:
                 said = f"[bold]{outcome.status}[/bold]: {escape(row['detail'])}"
             note = f"failed {self._failed} · {self._best_text()}"
             self._bar.update(self._sweep, completed=self._done, note=note)
-            place = f"[{self._done}/{self._total}]"
-            self._console.print(f"\\{place} {outcome.point.label}: {said}", highlight=False)
+            count = f"[{self._done}/{self._total}]"
+            self._console.print(f"\\{count} {outcome.point.label}: {said}", highlight=False)
 
     def _note_best(self, metric: str, value: float, point: Point) -> None:
         sign = 1.0 if METRICS[metric].higher_is_better else -1.0

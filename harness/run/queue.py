@@ -1,4 +1,4 @@
-"""What the worker threads of one process have left to do."""
+"""The queue from which the worker threads of one process take their work."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from collections.abc import Iterator
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
-# How long work that another process holds is left alone before it is looked at again.
+# Pause before work that another process holds is tried again.
 WAIT_SECONDS = 1.0
 
 
 class Work(Generic[Item]):
-    """A queue that takes items back, and that ends for every thread when one of them fails.
+    """A queue whose items can be put back, and which ends for all threads when one of them fails.
 
-    Iterating takes items until none is left; an iteration waits for those that were put back with `wait`.
+    Iterating takes items until none is left, and waits for those that were put back with `wait`.
     """
 
     def __init__(self) -> None:
@@ -26,12 +26,12 @@ class Work(Generic[Item]):
         self._error: BaseException | None = None
 
     def add(self, item: Item) -> None:
-        """One more item, after the others."""
+        """Append an item."""
         with self._changed:
             self._left.append(item)
 
     def put_back(self, item: Item, *, wait: bool) -> None:
-        """An item that is not done: to be taken again after the others, or, with `wait`, in a while."""
+        """Append an item that is not done; with `wait` it can be taken only after `WAIT_SECONDS`."""
         with self._changed:
             if wait:
                 self._waiting.append((time.monotonic() + WAIT_SECONDS, item))
@@ -56,12 +56,12 @@ class Work(Generic[Item]):
         return None
 
     def fail(self, error: BaseException) -> None:
-        """End the work: nobody takes another item."""
+        """End the queue with an error: no thread takes another item."""
         with self._changed:
             self._error = self._error or error
             self._changed.notify_all()
 
     def raise_error(self) -> None:
-        """Raise what `fail` was told first, if anything."""
+        """Raise the first error given to `fail`, if there is one."""
         if self._error is not None:
             raise self._error

@@ -21,9 +21,9 @@ def run_on_ray(sweep: Sweep, options: RunOptions, console: Console, meanwhile: C
     """Work a sweep off with one worker per GPU of a Ray cluster, or per CPU of one without GPUs in use.
 
     The cluster is the one that RAY_ADDRESS or `ray start` on this host names; without one, this host alone.
-    Ray places the workers and restarts those that die; which point is whose is settled by leases, as always.
+    Ray places the workers and restarts those that die; leases decide who measures which point, as always.
     `options.workers` caps their number; `meanwhile` is called again and again until the end. Raises UserError
-    if Ray is not installed or has no such place.
+    if Ray is not installed or the cluster has no such device.
     """
     try:
         import ray
@@ -35,8 +35,8 @@ def run_on_ray(sweep: Sweep, options: RunOptions, console: Console, meanwhile: C
         ray.init(include_dashboard=False, log_to_driver=True)
     try:
         kind = "GPU" if options.device == "cuda" else "CPU"
-        places = int(ray.cluster_resources().get(kind, 0))
-        count = min(places, options.workers or places)
+        slots = int(ray.cluster_resources().get(kind, 0))
+        count = min(slots, options.workers or slots)
         if count == 0:
             raise UserError(f"--executor ray: the cluster has no {kind}; valid with --device cpu or cuda")
         console.print(f"{count} workers on {len(ray.nodes())} Ray nodes, one per {kind}", highlight=False)

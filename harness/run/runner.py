@@ -1,7 +1,7 @@
-"""Runs a sweep: what is missing is measured, what is there is left alone, and tables follow the rows.
+"""Runs a sweep: measures the missing points and exports the tables.
 
-Any number of processes may run or work on one sweep at once. Each goes through all that is missing, leases
-what it takes, and comes back to what others hold until that is measured or they are gone.
+Any number of processes may run or work on one sweep at once. Each goes through the missing points, leases
+those it measures, and returns to those that others hold until they are measured or the others are gone.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ class Runner(Protocol):
         """Measure a unit, or wait until the worker that holds it has measured it."""
 
 
-class Search:
+class SearchRun:
     """The search of one part, shared by the worker threads of a process."""
 
     def __init__(
@@ -107,7 +107,7 @@ class Search:
             companions = (dense,) if has_baseline and WORKLOADS[part.workload].grouped else ()
             run.run_unit(Unit(part, (point,), companions), environment, stop)
             if proposal.pruned:
-                lost = "given up: worse than the others at the same place"
+                lost = "given up: worse than the others at the same share of its tokens"
                 run.progress.skip(point, lost)
             elif run.store.finished([point.key]).get((run.device_name, point.key)) not in MEASURED:
                 lost = "left out: another seed of the trial failed"

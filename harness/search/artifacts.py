@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 class Gallery:
     """Pictures beside the studies of one sweep and their trials, as artifacts that the dashboard shows.
 
-    A picture hangs once, however often it is brought: its id follows from its place and its file name.
+    A picture hangs once, however often it is brought: its id follows from its study, trial and file name.
     """
 
     def __init__(self, storage: BaseStorage, sweep_name: str, folder: Path) -> None:
@@ -41,7 +41,7 @@ class Gallery:
         return {
             trial.number: str(trial.user_attrs.get("point_key"))
             for trial in found
-            if _place(study_name, file_name, trial)[0] not in hanging
+            if _attribute_and_id(study_name, file_name, trial)[0] not in hanging
         }
 
     def hang(self, study_name: str, picture: Path, trial: int | None = None) -> None:
@@ -52,7 +52,7 @@ class Gallery:
             whose = self.storage.get_trial(
                 self.storage.get_trial_id_from_study_id_trial_number(study_id, trial)
             )
-        key, artifact_id = _place(study_name, picture.name, whose)
+        key, artifact_id = _attribute_and_id(study_name, picture.name, whose)
         with picture.open("rb") as file:
             self.store.write(artifact_id, file)
         if key not in self.storage.get_study_system_attrs(study_id):
@@ -61,7 +61,7 @@ class Gallery:
             self.storage.set_study_system_attr(study_id, key, json.dumps({**record, "encoding": None}))
 
 
-def _place(study_name: str, file_name: str, trial: FrozenTrial | None) -> tuple[str, str]:
+def _attribute_and_id(study_name: str, file_name: str, trial: FrozenTrial | None) -> tuple[str, str]:
     """The attribute of the study that lists a picture of it, or of its trial, and the picture's id.
 
     `optuna.artifacts.upload_artifact` writes an attribute of the trial, which Optuna refuses once the trial

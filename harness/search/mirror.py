@@ -1,4 +1,4 @@
-"""Studies of grids: a picture of the rows for the dashboard, drawn beside the measuring, never in its way."""
+"""Studies of grids: they show the rows in the dashboard and never delay a measurement."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from harness.search.storage import Storage, StorageError
 from harness.search.study import GridStudy
 from harness.store.files import RowStore
 from harness.store.leases import Claims
-from harness.store.rows import PointPlace
+from harness.store.rows import DevicePoint
 from harness.sweep.model import Part, Sweep
 from harness.sweep.point import Point
 
 
 class Mirror:
-    """The studies of a sweep's grids, kept in step with rows that any worker writes.
+    """The studies of a sweep's grids, updated from the rows that any worker writes.
 
-    One process at a time works on a study, or two runners would both show a point. A study that is lost is
-    made again by the first update.
+    One process at a time updates a study, or two runners would both add a point. The first update restores a
+    study that is lost.
     """
 
     def __init__(
@@ -39,17 +39,17 @@ class Mirror:
             for part, points in parts
             if part.optimize is None
         ]
-        self._shown: dict[PointPlace, str] = {}
+        self._shown: dict[DevicePoint, str] = {}
 
     def update(self) -> bool:
-        """Show what has been begun and finished since; False if the studies' storage is away.
+        """Add what has been begun and finished since the last update; False if the storage is away.
 
-        Then the next update shows it, here or in a later run: no row depends on a study.
+        Then the next update, here or in a later run, adds it: no row depends on a study.
         """
         try:
             for grid, points in self._studies:
                 with self._claims.alone(f"study:{grid.study.name}"):
-                    # First the leases, then the rows: what is given back in between has its rows by then.
+                    # First the leases, then the rows: a point is released after its rows are written.
                     held = self._claims.held()
                     status = {at: new for at, new in self._store.finished().items() if at[1] in points}
                     rows = self._news(status)
@@ -57,11 +57,11 @@ class Mirror:
                     grid.study.fail_stale(lambda: held)  # noqa: B023 - called at once
                     self._shown |= status
         except (StorageError, OSError) as error:
-            logging.getLogger(__name__).warning("the study is behind: %s", error)
+            logging.getLogger(__name__).warning("the study could not be updated: %s", error)
             return False
         return True
 
-    def _news(self, status: Mapping[PointPlace, str]) -> dict[str, list[dict[str, Any]]]:
+    def _news(self, status: Mapping[DevicePoint, str]) -> dict[str, list[dict[str, Any]]]:
         """Rows by point key, of points whose outcome has not been shown before."""
         rows: dict[str, list[dict[str, Any]]] = {}
         for device_name in {device_name for device_name, _ in status}:

@@ -44,7 +44,7 @@ PRUNED_FILE = "pruned.jsonl"
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrialOutcome:
     """How a trial came out. `values` are the objectives, means over the seeds; None where one is unknown.
 
     `violations` is by constraint how far beyond its limit the trial is, relative to the limit: above 0 is
@@ -63,7 +63,7 @@ class Outcome:
         return self.values is not None and all(excess <= 0 for excess in self.violations.values())
 
 
-def outcome_of(search: Optimize, seeds: int, rows: Iterable[Row]) -> Outcome:
+def outcome_of(search: Optimize, seeds: int, rows: Iterable[Row]) -> TrialOutcome:
     """How a trial came out, from the rows of its points, one point per seed.
 
     Older attempts may be among the rows. `running` means that some point has no rows yet.
@@ -74,9 +74,9 @@ def outcome_of(search: Optimize, seeds: int, rows: Iterable[Row]) -> Outcome:
     if failed:
         status = str(failed[0]["status"])
         broken = {INFEASIBLE[status]: 1.0} if status in INFEASIBLE else {}
-        return Outcome(status, str(failed[0]["detail"] or ""), violations=broken)
+        return TrialOutcome(status, str(failed[0]["detail"] or ""), violations=broken)
     if len(batches) < seeds:
-        return Outcome("running", "another runner is measuring this point")
+        return TrialOutcome("running", "another runner is measuring this point")
     status = "unstable" if any(r["status"] == "unstable" for b in batches for r in b) else "ok"
     wanted = [objective.metric for objective in search.objectives]
     means = {name: _mean(batches, name) for name in (*wanted, *search.constraints)}
@@ -87,7 +87,7 @@ def outcome_of(search: Optimize, seeds: int, rows: Iterable[Row]) -> Outcome:
     }
     known = [value for name in wanted if (value := means[name]) is not None]
     values = tuple(known) if len(known) == len(wanted) else None
-    return Outcome(status, "", values, {"fits_memory": -1.0, **violations}, missing)
+    return TrialOutcome(status, "", values, {"fits_memory": -1.0, **violations}, missing)
 
 
 def current(rows: Iterable[Row]) -> dict[str, list[Row]]:

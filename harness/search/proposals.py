@@ -19,7 +19,7 @@ from optuna.storages import BaseStorage
 from optuna.trial import Trial, TrialState
 
 from harness.errors import SpecError, near_miss
-from harness.search.outcome import INFEASIBLE, Outcome, Row, against_dense, outcome_of, trials_of
+from harness.search.outcome import INFEASIBLE, Row, TrialOutcome, against_dense, outcome_of, trials_of
 from harness.search.samplers import RUNGS, generation_attributes, space
 from harness.search.study import PartStudy, attributes, write_note
 from harness.store.rows import MEASURED
@@ -170,7 +170,7 @@ class SearchStudy:
     def _points(self, assignment: Mapping[str, AxisValue]) -> tuple[Point, ...]:
         return tuple(make_point(self._part, assignment, seed, self._data_ids) for seed in self._part.seeds)
 
-    def _outcome(self, rows: Sequence[Row]) -> Outcome:
+    def _outcome(self, rows: Sequence[Row]) -> TrialOutcome:
         return outcome_of(self._settings, len(self._part.seeds), rows)
 
     def _recall_pruned(self, proposal: Proposal) -> None:
@@ -190,7 +190,7 @@ class SearchStudy:
         return "pruned"
 
     def _end(
-        self, trial: Trial, point: Point, rows: Sequence[Row], dense: Sequence[Row], outcome: Outcome
+        self, trial: Trial, point: Point, rows: Sequence[Row], dense: Sequence[Row], outcome: TrialOutcome
     ) -> None:
         """End a trial with its constraints and what it is to dense.
 

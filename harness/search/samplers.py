@@ -124,12 +124,12 @@ def _fresh(search: Optimize, seed: int) -> BaseSampler:
             size = population_size(search.n_trials)
             return NSGAIISampler(seed=seed, population_size=size, crossover=BLXAlphaCrossover())
         startup = max(2, min(10, search.n_trials // 3))
-        # Running trials count as bad ones, so that workers do not all go to one place.
+        # Running trials count as bad ones, so that workers do not all propose the same.
         return TPESampler(seed=seed, multivariate=True, constant_liar=True, n_startup_trials=startup)
 
 
 def generation_attributes(search: Optimize, index: int) -> dict[str, Any]:
-    """What NSGA-II keeps on its trial of that place, for a study made again from rows.
+    """The attributes NSGA-II keeps on trial number `index`, for a study made again from rows.
 
     Without it the trials would breed no others; if Optuna gave it another name, the search would begin with
     a random generation again and lose nothing else.

@@ -19,7 +19,7 @@ from optuna.distributions import BaseDistribution
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
-from harness.search.outcome import Outcome, Row, outcome_of
+from harness.search.outcome import Row, TrialOutcome, outcome_of
 from harness.search.samplers import make_pruner, make_sampler, space
 from harness.store.rows import MEASURED, counts_over
 from harness.sweep.catalog import PEAK, PEAK_METRIC, WORKLOADS
@@ -99,7 +99,7 @@ class PartStudy:
         )
         return Trial(self.optuna, self._storage.create_new_trial(self._study_id, template_trial=template))
 
-    def end(self, trial: Trial, point: Point, rows: Sequence[Row], outcome: Outcome) -> None:
+    def end(self, trial: Trial, point: Point, rows: Sequence[Row], outcome: TrialOutcome) -> None:
         """End a trial with its outcome; one that has ended already is left as it is."""
         if self._storage.get_trial(self._trial_id(trial.number)).state.is_finished():
             return

@@ -135,7 +135,7 @@ def soak(points: int, workers: int, kills: int, seed: int, over: str, trial_seco
         verdict.wall_seconds = time.monotonic() - begin
         verdict.restarts = crew.restarts
         crew.run_once_more()
-        judge(verdict, store, folder / "results" / "soak", seen)
+        count_losses(verdict, store, folder / "results" / "soak", seen)
     verdict.left = _left_over(mark)
     return verdict
 
@@ -146,16 +146,16 @@ class _Crew:
     def __init__(self, options: list[str], log: Path, size: int) -> None:
         self._options = options
         self._log = log
-        self._processes = {place: self._start(place) for place in range(size)}
+        self._processes = {number: self._start(number) for number in range(size)}
         self.restarts = 0
 
     def is_busy(self) -> bool:
         """Start again what was killed; False once everybody has found that nothing is left to do."""
-        for place, process in list(self._processes.items()):
+        for number, process in list(self._processes.items()):
             if process.poll() == 0:
-                del self._processes[place]
+                del self._processes[number]
             elif process.returncode == -signal.SIGKILL:
-                self._processes[place] = self._start(place)
+                self._processes[number] = self._start(number)
                 self.restarts += 1
             elif process.returncode is not None:
                 text = self._log.read_text(encoding="utf-8", errors="replace")
@@ -174,8 +174,8 @@ class _Crew:
             process.kill()
             process.wait()
 
-    def _start(self, place: int) -> subprocess.Popen[bytes]:
-        role = "run" if place == 0 else "worker"
+    def _start(self, number: int) -> subprocess.Popen[bytes]:
+        role = "run" if number == 0 else "worker"
         with self._log.open("ab") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", "harness.soak", "--role", role, *self._options],
@@ -215,7 +215,7 @@ def _kill_at_random(
     return seen
 
 
-def judge(verdict: Verdict, store: RowStore, folder: Path, seen: set[str]) -> None:
+def count_losses(verdict: Verdict, store: RowStore, folder: Path, seen: set[str]) -> None:
     """Compare what is on record with what should be."""
     from harness.sweep.grid import expand
 

@@ -1,9 +1,8 @@
 """Rows and leases of a sweep in PostgreSQL, for workers on any number of hosts.
 
-The tables say the same as a results folder and are kept by the same rules: `DatabaseStore` is a
-`harness.store.files.RowStore`, `DatabaseBook` a `harness.store.leases.LeaseBook`. That a point is measured
-once is a unique index, so it holds whatever the workers do. A server that goes away and comes back within
-`PATIENCE_SECONDS` is waited for.
+The tables hold what a results folder holds, by the same rules: `DatabaseStore` is a
+`harness.store.files.RowStore`, `DatabaseBook` a `harness.store.leases.LeaseBook`. A unique index guarantees
+that a point is measured once. Workers wait up to `PATIENCE_SECONDS` for a server that restarts.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ from sqlalchemy.dialects.postgresql import insert
 from harness.errors import UserError
 from harness.store.files import Batch
 from harness.store.leases import Leases
-from harness.store.rows import MEASURED, PointPlace, checked, counts_over
+from harness.store.rows import MEASURED, DevicePoint, checked, counts_over
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 PATIENCE_SECONDS = 120.0
-# Outcomes that are read at once when all are read: their samples can be large.
+# Outcomes in one query when all are read: their samples can be large.
 PAGE = 200
-# How long at most a worker steps back when another changed the leases under its hands.
+# The longest pause of a worker after another has changed the leases between its read and its write.
 CONFLICT_SECONDS = 0.02
 
 _metadata = sa.MetaData()
@@ -50,7 +49,9 @@ _points = sa.Table(
 )
 sa.Index(
     "mocbench_measured_once",
-    *(_points.c.sweep, _points.c.point_key, _points.c.device_name),
+    _points.c.sweep,
+    _points.c.point_key,
+    _points.c.device_name,
     unique=True,
     postgresql_where=_points.c.status.in_(MEASURED),
 )
@@ -61,7 +62,7 @@ _environments = sa.Table(
     sa.Column("env_id", sa.Text, primary_key=True),
     sa.Column("record", sa.JSON, nullable=False),
 )
-# One row a sweep, replaced whole by whoever has read its last version.
+# One row for each sweep; a write replaces it if its version is still the one that was read.
 _leases = sa.Table(
     "mocbench_leases",
     _metadata,
@@ -178,10 +179,10 @@ class DatabaseStore:
         self._database.run(insert(_environments).values(**values).on_conflict_do_nothing())
         self._known_environments.add(record["env_id"])
 
-    def finished(self, keys: Collection[str] | None = None) -> dict[PointPlace, str]:
+    def finished(self, keys: Collection[str] | None = None) -> dict[DevicePoint, str]:
         """See `RowStore`."""
         columns = (_points.c.device_name, _points.c.point_key, _points.c.status)
-        status: dict[PointPlace, str] = {}
+        status: dict[DevicePoint, str] = {}
         for device_name, point_key, new in self._select(columns, keys):
             if counts_over(new, status.get((device_name, point_key))):
                 status[device_name, point_key] = new
@@ -229,8 +230,8 @@ class DatabaseStore:
 class DatabaseBook:
     """The `LeaseBook` of one sweep in a database.
 
-    Nobody waits with a lock in hand: whoever finds that the version it has read is no longer the last one
-    reads again. So a worker that is killed at any moment holds up nobody.
+    Updates are optimistic: a worker whose version is out of date reads again. No lock is held, so a worker
+    that is killed at any moment blocks nobody.
     """
 
     def __init__(self, database: Database, sweep: str) -> None:

@@ -1,8 +1,8 @@
-"""The rows of a sweep: append-only JSON lines that survive a kill, exported as tidy tables.
+"""The rows of a sweep as append-only JSON lines that survive a kill.
 
-`rows.jsonl` is the truth. A point is written in one piece under a file lock and synced to disk, with the row
-of its workload's primary metric last: a point without that row was cut short by a crash and does not count.
-Everything else in the folder can be made again from it.
+The rows of a point are appended together under a file lock and synced to disk, the row of the primary metric
+last: a point without that row was cut short by a crash and does not count. All other files of a results
+folder can be made again from `rows.jsonl`, `samples.jsonl` and `environments.jsonl`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from harness.store.lines import LOCK_POLL_SECONDS, append_lines, append_whole, d
 from harness.store.rows import (
     MEASURED,
     BatchKey,
-    PointPlace,
+    DevicePoint,
     batch_key,
     checked,
     counts_over,
+    device_point,
     is_primary,
-    place,
     whole_batches,
 )
 
@@ -62,7 +62,7 @@ class RowStore(Protocol):
     def append_environment(self, record: Mapping[str, Any]) -> None:
         """Keep an environment record once; `env_id` joins it to rows."""
 
-    def finished(self, keys: Collection[str] | None = None) -> dict[PointPlace, str]:
+    def finished(self, keys: Collection[str] | None = None) -> dict[DevicePoint, str]:
         """Status by (device_name, point_key), of all points or of those in `keys`."""
 
     def current(
@@ -81,8 +81,8 @@ class RowStore(Protocol):
 class Store:
     """The `RowStore` of a results folder; safe for several processes, on one host or on a shared folder.
 
-    What was read once is remembered with the place up to which it was read, so an append costs what others
-    have appended since, not the length of the file.
+    It remembers what it has read and up to which byte, so an append costs what others have appended since,
+    not the length of the file.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -100,7 +100,7 @@ class Store:
         batch = Batch(checked(rows), [], log)
         with self._lock(), self.path.open("a+b") as file:
             self._seen.catch_up(file)
-            if batch.key in self._seen.batches or self._seen.status.get(place(rows[0])) in MEASURED:
+            if batch.key in self._seen.batches or self._seen.status.get(device_point(rows[0])) in MEASURED:
                 return False
             if samples:
                 append_lines(self.folder / "samples.jsonl", samples)
@@ -122,7 +122,7 @@ class Store:
                 append_lines(self.folder / "environments.jsonl", [record])
                 self._environments.add(record["env_id"])
 
-    def finished(self, keys: Collection[str] | None = None) -> dict[PointPlace, str]:
+    def finished(self, keys: Collection[str] | None = None) -> dict[DevicePoint, str]:
         """See `RowStore`."""
         with self._lock():
             self._catch_up()
@@ -171,22 +171,22 @@ class Store:
 
 
 class _Seen:
-    """What is known of rows.jsonl: every whole point in it up to the byte `end`."""
+    """An index of rows.jsonl: every whole point in it up to the byte `end`."""
 
     def __init__(self) -> None:
         self._forget()
 
     def _forget(self) -> None:
         self.end = 0
-        self.status: dict[PointPlace, str] = {}
-        self.spans: dict[PointPlace, tuple[int, int, BatchKey]] = {}
+        self.status: dict[DevicePoint, str] = {}
+        self.spans: dict[DevicePoint, tuple[int, int, BatchKey]] = {}
         self.batches: set[BatchKey] = set()
         self.devices: set[str] = set()
         self._file = (0, 0)
         self._last_line = b""
 
     def catch_up(self, file: IO[bytes]) -> None:
-        """Read what has been appended since; everything again if it is not the file it was."""
+        """Read what has been appended since; all of the file if it was replaced."""
         now = os.fstat(file.fileno())
         file.seek(max(0, self.end - len(self._last_line)))
         same = self._file == (now.st_dev, now.st_ino) and file.read(len(self._last_line)) == self._last_line
@@ -208,9 +208,9 @@ class _Seen:
             offset += len(line)
 
     def of(
-        self, known: Mapping[PointPlace, T], keys: Collection[str] | None
-    ) -> Iterator[tuple[PointPlace, T]]:
-        """The entries of points in `keys`, without a look at all the others."""
+        self, known: Mapping[DevicePoint, T], keys: Collection[str] | None
+    ) -> Iterator[tuple[DevicePoint, T]]:
+        """The entries of the points in `keys`, looked up one by one."""
         if keys is None:
             yield from known.items()
             return
@@ -219,7 +219,7 @@ class _Seen:
                 yield at, known[at]
 
     def cut_torn(self, file: IO[bytes], torn: Path) -> None:
-        """Move what a crash left of a point it was writing to the file `torn`. Call `catch_up` before."""
+        """Move the rows of a point that a crash cut short to the file `torn`. Call `catch_up` first."""
         file.seek(self.end)
         rest = file.read()
         if rest:
@@ -229,7 +229,7 @@ class _Seen:
 
     def _learn(self, primary: Mapping[str, Any], start: int, key: BatchKey) -> None:
         self.batches.add(key)
-        at = place(primary)
+        at = device_point(primary)
         self.devices.add(at[0])
         if counts_over(primary["status"], self.status.get(at)):
             self.status[at] = primary["status"]
@@ -237,11 +237,11 @@ class _Seen:
 
 
 def copy_rows(source: RowStore, target: RowStore) -> int:
-    """Bring what `source` has to `target`; what is there stays as it is. Returns how many outcomes."""
+    """Copy what `target` lacks from `source`; returns the number of outcomes copied."""
     for record in source.environments():
         target.append_environment(record)
     there = {at for at, status in target.finished().items() if status in MEASURED}
-    news = (batch for batch in source.batches() if place(batch.rows[0]) not in there)
+    news = (batch for batch in source.batches() if device_point(batch.rows[0]) not in there)
     return sum(target.append(batch.rows, batch.samples, batch.log) for batch in news)
 
 

@@ -1,7 +1,7 @@
 """Where a sweep may write: its own folder under results/, and nowhere else.
 
-A name cannot hold a separator (`harness.sweep.load`), so what is left are links: one that stands where the
-folder, or a file in it, is to be written would lead the write to another place.
+A name cannot hold a separator (`harness.sweep.check`), but a link in place of the folder, or of a file in it,
+would lead a write elsewhere.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from harness.errors import UserError
 def results_folder(results: Path, name: str) -> Path:
     """The folder of the sweep called `name`, which need not exist yet.
 
-    `results` itself may be a link: it is the user's to place. Raises UserError if the folder, or anything in
+    `results` itself may be a link: the user chose it. Raises UserError if the folder, or anything in
     it, is a link.
     """
     folder = results / name

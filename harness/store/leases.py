@@ -1,10 +1,10 @@
-"""Who works on what: leases on points, so that any number of workers share a sweep and none is lost with one.
+"""Leases on points: any number of workers share a sweep, and a worker that dies blocks no point.
 
-A lease names the process that holds it. It ends when that process gives it back; when the process is known
-to be gone, which is only known on its own machine; or when its heart has not beaten for a while. A heartbeat
-is a counter that the holder raises, and "a while" is measured by the observer's own monotonic clock, from
-when it saw the counter rise last: no two clocks are ever compared, so no clock that is wrong or jumps can end
-a lease or keep one alive.
+A lease names the process that holds it. It ends when the holder releases it, when the holder has ended (which
+only processes of the same machine can see), or when the holder sends no heartbeat for `LEASE_SECONDS`. A
+heartbeat increments a counter; an observer measures with its own monotonic clock how long ago it saw the
+counter change. Clocks of two machines are never compared, so a clock that is wrong or jumps neither ends a
+lease nor keeps one alive.
 """
 
 from __future__ import annotations
@@ -77,16 +77,16 @@ class FileBook:
             text = self._path.read_text(encoding="utf-8")
             Leases(**json.loads(text))
         except (FileNotFoundError, ValueError, TypeError):
-            return "{}"  # lost or not ours: every living owner writes its leases again with its next beat
+            return "{}"  # lost or unreadable: every living owner writes its leases again with its next beat
         return text
 
 
 class Claims:
     """This process's leases in one sweep.
 
-    A lease is named for what it is on, such as a point key, with `@` and where if that is not all the world:
-    two devices measure the same point. `lease_seconds` is how long an owner's counter may stand still before
-    its leases are free.
+    A lease is named after what it protects, such as a point key, followed by `@` and the device where each
+    device measures the point. `lease_seconds` is how long an owner's counter may stand still before its
+    leases are free.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class Claims:
         self._one_at_a_time = threading.Lock()
 
     def take(self, names: Iterable[str]) -> bool:
-        """Lease all of `names` for this process; False, and none of them, if somebody living holds one."""
+        """Lease all of `names` for this process, or none and return False if a living one holds any."""
         names = set(names)
 
         def change(leases: Leases) -> bool:
@@ -142,7 +142,7 @@ class Claims:
             self._book.edit(change)
 
     def held(self) -> set[str]:
-        """What somebody living has leased, wherever."""
+        """Names of all leases of living processes, without what follows the `@`."""
 
         def change(leases: Leases) -> set[str]:
             self._drop_stale(leases)
@@ -153,7 +153,7 @@ class Claims:
 
     @contextlib.contextmanager
     def alone(self, name: str) -> Iterator[None]:
-        """Wait until nobody else is inside with that name, and keep others out."""
+        """A mutual exclusion by name: wait until no other worker is inside, then keep others out."""
         while not self.take([name]):
             time.sleep(ALONE_POLL_SECONDS)
         try:
@@ -173,7 +173,7 @@ class Claims:
             with self._one_at_a_time:
                 if self._stop.is_set():
                     return
-                # A full disk, or a database that is away: others may take over; this owner goes on trying.
+                # A full disk, or a database that is away: others may take over; this owner keeps trying.
                 try:
                     self._book.edit(self._beat)
                 except OSError as error:

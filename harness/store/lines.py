@@ -1,4 +1,4 @@
-"""Append-only files of JSON lines that survive kills and full disks: whole appends, half lines ignored."""
+"""Append-only files of JSON lines: an append succeeds whole or not at all, and readers skip torn lines."""
 
 from __future__ import annotations
 

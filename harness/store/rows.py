@@ -29,13 +29,13 @@ _VALUE = {
 }
 COLUMN_TYPES: dict[str, type] = {**_RUN, **{field.name: field.type for field in FIELDS}, **_VALUE}
 COLUMNS: tuple[str, ...] = tuple(COLUMN_TYPES)
-PointPlace = tuple[str, str]  # device_name, point_key
+DevicePoint = tuple[str, str]  # device_name, point_key
 BatchKey = tuple[str, int, str, str]  # run_id, attempt, device_name, point_key
 # A measured value stands behind these; the others are outcomes without one.
 MEASURED = ("ok", "unstable")
 
 
-def place(row: Mapping[str, Any]) -> PointPlace:
+def device_point(row: Mapping[str, Any]) -> DevicePoint:
     """Which point on which device a row is about."""
     return row["device_name"], row["point_key"]
 

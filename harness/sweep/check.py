@@ -53,12 +53,12 @@ def _check_part(where: str, part: Part) -> None:
                 )
     given: dict[str, Axis] = {**part.axes, **{name: [value] for name, value in part.fixed.items()}}
     for name, axis in given.items():
-        place = f"{where}{'axes' if name in part.axes else 'fixed'}.{name}"
+        path = f"{where}{'axes' if name in part.axes else 'fixed'}.{name}"
         if isinstance(axis, Range):
-            _check_range(place, name, axis, part)
+            _check_range(path, name, axis, part)
         else:
             for value in axis:
-                _check_value(place, name, value)
+                _check_value(path, name, value)
     _check_complete(where, part, set(given))
     sizes = [len(axis) for axis in part.axes.values() if isinstance(axis, list)]
     if part.mode == "grid" and (count := math.prod([*sizes, len(part.seeds)])) > MAX_POINTS:
@@ -71,30 +71,30 @@ def _check_part(where: str, part: Part) -> None:
         raise SpecError(f"{where}optimize is given but mode is grid; say mode: optimize")
 
 
-def _check_range(place: str, name: str, axis: Range, part: Part) -> None:
+def _check_range(path: str, name: str, axis: Range, part: Part) -> None:
     if part.mode != "optimize":
-        raise SpecError(f"{place} is a range; a grid needs a list (ranges are for mode: optimize)")
+        raise SpecError(f"{path} is a range; a grid needs a list (ranges are for mode: optimize)")
     if FIELD[name].type is str:
-        raise SpecError(f"{place} is a range, but {name} takes names; list them")
+        raise SpecError(f"{path} is a range, but {name} takes names; list them")
     if not all(math.isfinite(bound) for bound in (axis.low, axis.high, axis.step or 1)):
-        raise SpecError(f"{place} is not finite; a range has a lowest, a highest value and a step")
+        raise SpecError(f"{path} is not finite; a range has a lowest, a highest value and a step")
     if not axis.low < axis.high:
-        raise SpecError(f"{place}.low is {axis.low}; it must be below high, {axis.high}")
+        raise SpecError(f"{path}.low is {axis.low}; it must be below high, {axis.high}")
     if axis.low <= 0:
-        raise SpecError(f"{place}.low is {axis.low}; it must be above 0")
+        raise SpecError(f"{path}.low is {axis.low}; it must be above 0")
     if name == "k_frac" and axis.high > 1:
-        raise SpecError(f"{place}.high is {axis.high}; a fraction of the channels is at most 1")
+        raise SpecError(f"{path}.high is {axis.high}; a fraction of the channels is at most 1")
     if axis.step is not None and axis.log:
-        raise SpecError(f"{place} has log and step; Optuna takes one of the two")
+        raise SpecError(f"{path} has log and step; Optuna takes one of the two")
     if axis.step is not None and axis.step <= 0:
-        raise SpecError(f"{place}.step is {axis.step}; it must be above 0")
+        raise SpecError(f"{path}.step is {axis.step}; it must be above 0")
     if FIELD[name].type is int:
         for bound, value in (("low", axis.low), ("high", axis.high), ("step", axis.step or 1)):
             if value != int(value):
-                raise SpecError(f"{place}.{bound} is {value}; {name} is a whole number")
+                raise SpecError(f"{path}.{bound} is {value}; {name} is a whole number")
 
 
-def _check_value(place: str, name: str, value: AxisValue) -> None:
+def _check_value(path: str, name: str, value: AxisValue) -> None:
     from moc.config import PRESETS
     from moc.methods import get_method
     from moc.selection import parse_selection
@@ -102,28 +102,28 @@ def _check_value(place: str, name: str, value: AxisValue) -> None:
     field = FIELD[name]
     if field.type is int:
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise SpecError(f"{place} has {short(value)}; it should be a whole number of at least 1")
+            raise SpecError(f"{path} has {short(value)}; it should be a whole number of at least 1")
     elif field.type is float:
         if not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise SpecError(f"{place} has {short(value)}; it should be a finite number above 0")
+            raise SpecError(f"{path} has {short(value)}; it should be a finite number above 0")
         if name == "k_frac" and value > 1:
-            raise SpecError(f"{place} has {short(value)}; a fraction of the channels is at most 1")
+            raise SpecError(f"{path} has {short(value)}; a fraction of the channels is at most 1")
     elif name == "preset":
         if value not in PRESETS:
-            raise SpecError(f"{place} has {short(value)}{near_miss(str(value), PRESETS)}")
+            raise SpecError(f"{path} has {short(value)}{near_miss(str(value), PRESETS)}")
     elif field.choices:
         if value not in field.choices:
-            raise SpecError(f"{place} has {short(value)}{near_miss(str(value), field.choices)}")
+            raise SpecError(f"{path} has {short(value)}{near_miss(str(value), field.choices)}")
     elif name == "selection":
         try:
             parse_selection(str(value))
         except ValueError as error:
-            raise SpecError(f"{place} has {short(value)}: {error}") from error
+            raise SpecError(f"{path} has {short(value)}: {error}") from error
     elif name == "method":
         try:
             get_method(str(value))
         except (ValueError, ImportError, AttributeError) as error:
-            raise SpecError(f"{place} has {short(value)}: {error}") from error
+            raise SpecError(f"{path} has {short(value)}: {error}") from error
 
 
 def _check_complete(where: str, part: Part, given: set[str]) -> None:
@@ -161,11 +161,11 @@ def _check_complete(where: str, part: Part, given: set[str]) -> None:
 def check_search(where: str, part: Part, search: Optimize) -> None:
     """Raise SpecError, its line beginning with `where`, for a search that cannot be run."""
     for index, objective in enumerate(search.objectives):
-        place = f"{where}optimize.objectives[{index}].metric"
+        path = f"{where}optimize.objectives[{index}].metric"
         if objective.metric not in METRICS:
-            raise SpecError(f"{place} is {objective.metric!r}{near_miss(objective.metric, METRICS)}")
+            raise SpecError(f"{path} is {objective.metric!r}{near_miss(objective.metric, METRICS)}")
         if objective.metric in [other.metric for other in search.objectives[:index]]:
-            raise SpecError(f"{place} is {objective.metric!r} a second time; name each objective once")
+            raise SpecError(f"{path} is {objective.metric!r} a second time; name each objective once")
     for name in search.constraints:
         if name not in METRICS:
             raise SpecError(f"{where}optimize.constraints.{name} is not a metric{near_miss(name, METRICS)}")
@@ -195,14 +195,14 @@ def _check_baseline(where: str, search: Optimize) -> None:
 def _check_pruner(where: str, part: Part, search: Optimize) -> None:
     if search.pruner == "none":
         return
-    place = f"{where}optimize.pruner is {search.pruner!r}"
+    path = f"{where}optimize.pruner is {search.pruner!r}"
     if len(search.objectives) > 1:
         raise SpecError(
-            f"{place} with {len(search.objectives)} objectives; only a study with one objective can prune"
+            f"{path} with {len(search.objectives)} objectives; only a study with one objective can prune"
         )
     if not WORKLOADS[part.workload].reads_text or search.objectives[0].metric not in PRUNABLE:
         raise SpecError(
-            f"{place}, but {search.objectives[0].metric} of {part.workload} is known only at the end;"
+            f"{path}, but {search.objectives[0].metric} of {part.workload} is known only at the end;"
             f" pretrain with one of {', '.join(PRUNABLE)} can prune"
         )
 

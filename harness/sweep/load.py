@@ -85,7 +85,7 @@ def _refuse_imports(source: str, sweep: Sweep) -> None:
                 raise SpecError(f"{source}: method {short(name)} is not imported; name the sweep file itself")
 
 
-def _place(prefix: tuple[Any, ...], location: tuple[Any, ...]) -> str:
+def _path(prefix: tuple[Any, ...], location: tuple[Any, ...]) -> str:
     parts = location[len(prefix) :] if prefix and location[: len(prefix)] == prefix else location
     text = ""
     for part in parts:
@@ -98,34 +98,38 @@ def _place(prefix: tuple[Any, ...], location: tuple[Any, ...]) -> str:
 
 def _explain(source: str, prefix: tuple[Any, ...], item: Any) -> str:
     location = tuple(item["loc"])
-    place = _place(prefix, location)
+    field = _path(prefix, location)
     kind = item["type"]
     value = item.get("input")
     if kind == "extra_forbidden":
-        owner = _place(prefix, location[:-1])
-        return f"{source}: {place} is not a field{near_miss(location[-1], _fields_at(owner))}"
+        owner = _path(prefix, location[:-1])
+        return f"{source}: {field} is not a field{near_miss(location[-1], _fields_at(owner))}"
     if kind == "missing":
-        return f"{source}: {place} is missing; a sweep needs it"
+        return f"{source}: {field} is missing; a sweep needs it"
     if kind == "literal_error":
         valid = re.findall(r"'([^']*)'", item["ctx"]["expected"]) or [item["ctx"]["expected"]]
-        return f"{source}: {place} is {value!r}{near_miss(value, valid)}"
+        return f"{source}: {field} is {value!r}{near_miss(value, valid)}"
     if kind == "list_type" and location[-1] == "list":
         return (
-            f"{source}: {place} is {short(value)}; it should be a list, such as [{value}],"
+            f"{source}: {field} is {short(value)}; it should be a list, such as [{value}],"
             " or {low: ..., high: ...} in an optimisation"
         )
     if kind == "too_short":
         return (
-            f"{source}: {place} is {short(value)}; it should have at least {item['ctx']['min_length']} item"
+            f"{source}: {field} is {short(value)}; it should have at least {item['ctx']['min_length']} item"
         )
     message = item["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    return f"{source}: {place} is {short(value)}; it should be {message}"
+    return f"{source}: {field} is {short(value)}; it should be {message}"
 
 
 def _fields_at(owner: str) -> list[str]:
     models: dict[str, type[BaseModel]] = {
-        "measure": Measure, "timing": Timing, "limits": Limits, "optimize": Optimize, "objectives": Objective,
-    }  # fmt: skip
+        "measure": Measure,
+        "timing": Timing,
+        "limits": Limits,
+        "optimize": Optimize,
+        "objectives": Objective,
+    }
     last = re.sub(r"\[\d+\]", "", owner).rpartition(".")[2]
     if last in models:
         return list(models[last].model_fields)

@@ -1,4 +1,4 @@
-"""YAML of people one does not know: what `safe_load` reads, less what a small file could hurt with."""
+"""YAML from people one does not know: `safe_load` without the features that let a small file do harm."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ import yaml
 
 from harness.errors import short
 
-MAX_DEPTH = 16  # of mappings and lists in each other; a sweep needs 6
-MAX_NUMBER = 2**53  # above, JSON readers no longer agree on a whole number
+MAX_DEPTH = 16  # of nested mappings and lists; a sweep needs 6
+MAX_NUMBER = 2**53  # JSON readers disagree on larger whole numbers
 
 
 def load_yaml(text: str) -> Any:
-    """The value a YAML text stands for: names, numbers, lists, and mappings with names as keys.
+    """Parse a YAML text of names, numbers, lists, and mappings with names as keys.
 
-    Raises ValueError in one line, with the number of the text's line if it is known.
+    Raises ValueError with a message of one line, which names the line of the text if it is known.
     """
     try:
         return yaml.load(text, Loader=_StrictLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        place = f"line {mark.line + 1} " if mark else ""
+        line = f"line {mark.line + 1} " if mark else ""
         problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
-        raise ValueError(f"{place}not YAML: {problem}") from error
+        raise ValueError(f"{line}not YAML: {problem}") from error
     except (ValueError, LookupError) as error:  # a scalar that its tag cannot read, such as 2026-99-99
         raise ValueError(f"not YAML: {str(error) or type(error).__name__}") from error
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """safe_load that refuses what a hostile file could hurt with: aliases (a short file could stand for a
-    huge one), deep nesting (the parser recurses), endless numbers; and keys that are repeated or no names."""
+    """A `SafeLoader` that refuses aliases (a short file can expand to a huge one), deep nesting (the parser
+    recurses), very long numbers, repeated keys, and keys that are not names."""
 
     _depth = 0
 
@@ -54,7 +54,7 @@ class _StrictLoader(yaml.SafeLoader):
             if not isinstance(key, str) or not key.isprintable():
                 raise _refused(f"the key {short(key)} is not a name", key_node)
             if key in seen:
-                raise _refused(f"the key {key!r} stands twice", key_node)
+                raise _refused(f"the key {key!r} is repeated", key_node)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -68,11 +68,11 @@ class _StrictLoader(yaml.SafeLoader):
 _StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_yaml_int)
 
 
-def _refused(problem: str, place: Any) -> yaml.constructor.ConstructorError:
-    return yaml.constructor.ConstructorError(None, None, problem, place.start_mark)
+def _refused(problem: str, at: Any) -> yaml.constructor.ConstructorError:
+    return yaml.constructor.ConstructorError(None, None, problem, at.start_mark)
 
 
-# YAML 1.1 reads `1e-3` as a string, because it wants a dot; people mean a number.
+# YAML 1.1 reads `1e-3` as a string, because it has no dot; people mean a number.
 _StrictLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),

@@ -1,5 +1,6 @@
 """Rows and leases in a real PostgreSQL server, by the same rules as in a results folder."""
 
+import contextlib
 import os
 import tempfile
 import threading
@@ -162,8 +163,9 @@ def test_two_sweeps_in_one_database_do_not_see_each_other(database: Database) ->
     assert one.append(rows_of(train_point(), VALUES))
     assert other.finished() == {}
     assert other.append(rows_of(train_point(), VALUES))
-    assert Claims(DatabaseBook(database, "one")).take(["a"])
-    assert Claims(DatabaseBook(database, "other")).held() == set()
+    with contextlib.closing(Claims(DatabaseBook(database, "one"))) as claims:
+        assert claims.take(["a"])
+        assert Claims(DatabaseBook(database, "other")).held() == set()
 
 
 @pytest.fixture(params=["folder", "database"])

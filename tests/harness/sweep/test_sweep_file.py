@@ -44,7 +44,7 @@ BAD = [
     ("ffn_train", "ffn_trian", "s.yaml: workload is 'ffn_trian'; did you mean ffn_train?"),
     ("fixed:", "seeds: []\nfixed:", "s.yaml: seeds is []; it should have at least 1 item"),
     ("preset: [60m]", "preset: 60m", "s.yaml: axes.preset is '60m'; it should be a list, such as [60m]"),
-    ("fixed:", "name: again\nfixed:", "s.yaml: line 8 not YAML: the key 'name' stands twice"),
+    ("fixed:", "name: again\nfixed:", "s.yaml: line 8 not YAML: the key 'name' is repeated"),
     ("fixed:", "axis: [1\nfixed:", "s.yaml: line 9 not YAML"),
     ("[60m]", "&p [60m]\n  dtype: *p", "s.yaml: line 6 not YAML: aliases (*name) are not allowed in a sweep"),
     ("fixed:", "mode: optimize\nfixed:", "s.yaml: optimize is missing; mode: optimize needs objectives"),
