@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from rows import rows_of
 
-from harness.soak.run import Verdict, judge, soak_sweep
+from harness.soak.run import Verdict, count_losses, soak_sweep
 from harness.soak.trial import expected_value
 from harness.store.files import Store
 from harness.store.lines import append_lines
@@ -58,7 +58,9 @@ def test_every_flaw_is_counted(tmp_path: Path, flaw: str, found: dict[str, int])
     if flaw == "crashed":
         append_lines(tmp_path / "rows.jsonl", rows_of(first, {}, status="crashed", run_id="r2"))
     verdict = Verdict(points=3, workers=1)
-    judge(verdict, Store(tmp_path), tmp_path, {"a point that was seen"} if flaw == "seen_once" else set())
+    count_losses(
+        verdict, Store(tmp_path), tmp_path, {"a point that was seen"} if flaw == "seen_once" else set()
+    )
     assert {name: getattr(verdict, name) for name in ("lost", "doubled", "wrong", "failed")} == {
         **{"lost": 0, "doubled": 0, "wrong": 0, "failed": 0},
         **found,
