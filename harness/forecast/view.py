@@ -23,13 +23,12 @@ from harness.run.text import describe_source, find_data
 from harness.store.folders import results_folder
 from harness.store.frames import read_rows
 from harness.store.rows import COLUMNS, is_primary
-from harness.sweep.catalog import WORKLOADS
+from harness.sweep.catalog import PEAK_METRIC, WORKLOADS
 from harness.sweep.model import Part, Sweep
 from harness.sweep.point import Point
 from harness.sweep.support import unsupported_reason
 from moc.methods import get_method
 
-PEAK_METRIC = {"cuda": "peak_allocated_bytes", "cpu": "peak_rss_over_start_bytes"}
 _CLOSE = 0.9  # of the device's memory: from here on a prediction is worth a warning
 
 

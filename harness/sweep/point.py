@@ -7,10 +7,9 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from moc.selection import Selection
+from moc.selection import Selection, parse_selection
 
 SCHEMA_VERSION = 1
 
@@ -51,8 +50,6 @@ class Point:
     @property
     def rule(self) -> Selection | None:
         """The parsed `selection`; None for dense methods. Raises ValueError for text that is no rule."""
-        from moc.selection import parse_selection  # here: a trial forks before it imports PyTorch
-
         return None if self.selection is None else parse_selection(self.selection)  # which keeps a cache
 
     @property
