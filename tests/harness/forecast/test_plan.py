@@ -122,7 +122,7 @@ def test_a_measured_rival_makes_a_prediction_better() -> None:
     assert moc_peak is not None
     assert dense_peak is not None
     alone = abs(moc_peak.row_bytes / moc_bytes - 1)
-    corrected = abs(moc_peak.moved(dense_peak, dense_bytes).row_bytes / moc_bytes - 1)
+    corrected = abs(moc_peak.corrected_by(dense_peak, dense_bytes).row_bytes / moc_bytes - 1)
     assert corrected < min(alone, 0.015)
 
 
