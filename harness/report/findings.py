@@ -10,8 +10,8 @@ import pandas as pd
 
 from harness.measure.environment import CPU_PREFIX
 from harness.report import wording
-from harness.report.points import point_table
-from harness.report.summary import SEEDS_FOR_INTERVAL, failures, gaps_hold_zero, lead_lines, summarise
+from harness.report.summary import SEEDS_FOR_INTERVAL, failures, gaps_hold_zero, lead_lines
+from harness.report.tables import Tables
 
 # Below this a training run is too short to rank methods by quality (about 20 is compute-optimal).
 SHORT_RUN_TOKENS_PER_PARAMETER = 20
@@ -19,28 +19,15 @@ SHORT_RUN_TOKENS_PER_PARAMETER = 20
 NOISY_RATIO = 0.1
 
 
-def findings(rows: pd.DataFrame, samples: pd.DataFrame | None = None) -> list[str]:
-    """What the rows of a sweep show, one sentence or two per item; devices are never mixed.
+def findings(tables: Tables) -> list[str]:
+    """What the tables of one device show, one sentence or two per item.
 
-    `rows` are the current rows of a sweep (`harness.store.frames.read_rows`). Misaligned shapes and failed
-    points support no sentence except the one that counts them. Empty rows give an empty list. With the raw
-    `samples` the loss gap is paired over the windows of the validation text.
+    Misaligned shapes and failed points support no sentence except the one that counts them. Empty tables
+    give an empty list.
     """
+    points, summary = tables.points, tables.summary
     sentences: list[str] = []
-    if rows.empty:
-        return sentences
-    points = point_table(rows, samples)
-    devices = list(dict.fromkeys(points["device_name"]))
-    for device in devices:
-        prefix = f"{device}: " if len(devices) > 1 else ""
-        sentences += [prefix + sentence for sentence in _of_device(points[points["device_name"] == device])]
-    return sentences
-
-
-def _of_device(points: pd.DataFrame) -> list[str]:
-    summary = summarise(points)
-    sentences: list[str] = []
-    for workload in dict.fromkeys(summary["workload"]) if not summary.empty else []:
+    for workload in dict.fromkeys(summary["workload"]):
         part = summary[summary["workload"] == workload]
         lead = lead_lines(part)
         compared = lead[lead["baseline"] != ""]

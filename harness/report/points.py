@@ -16,8 +16,8 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
-from harness.store.files import MEASURED
 from harness.store.frames import wide
+from harness.store.rows import MEASURED
 from harness.sweep.catalog import ALIGNMENT
 from harness.sweep.metrics import METRICS
 from moc.methods import METHODS
@@ -151,21 +151,6 @@ def _paired_over(points: pd.DataFrame, rows: pd.DataFrame) -> list[str]:
     return [over.get(where, "") for where in zip(points["device_name"], points["point_key"], strict=True)]
 
 
-def best_dense(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """The best dense method of every cell and seed by one metric of `harness.sweep.metrics.METRICS`.
-
-    Returns the lines of `point_table(rows)` that won, at most one per cell and seed; cells without a
-    measured dense method have none. Raises ValueError if the metric has no better direction.
-    """
-    higher = METRICS[metric].higher_is_better
-    if higher is None:
-        raise ValueError(f"metric {metric!r} has no better direction, so no method is best by it")
-    points = point_table(rows)
-    candidates = points[points["is_dense"] & points["measured"] & points[metric].notna()]
-    ordered = candidates.sort_values(metric, ascending=not higher, kind="stable")
-    return ordered.drop_duplicates(["cell", "seed"]).sort_index()
-
-
 def _with_comparisons(points: pd.DataFrame, windows: dict[str, NDArray[np.float64]]) -> pd.DataFrame:
     records: list[dict[str, Any]] = [
         {str(k): v for k, v in line.items()} for line in points.to_dict("records")
@@ -273,9 +258,3 @@ def _ratio_interval(
 ) -> tuple[float, float]:
     """Interval of a quotient of two independent speeds: their errors add in squares, as factors."""
     return ratio * math.exp(-math.hypot(over[0], under[1])), ratio * math.exp(math.hypot(over[1], under[0]))
-
-
-def spread(values: Sequence[float] | pd.Series) -> tuple[float, float] | None:
-    """Smallest and largest finite value, or None if there is none."""
-    finite = [float(value) for value in values if value == value]
-    return (min(finite), max(finite)) if finite else None

@@ -10,8 +10,9 @@ from typing import Any
 
 import pandas as pd
 
-from harness.store.files import COLUMNS, Store
+from harness.store.files import Store
 from harness.store.frames import read_rows
+from harness.store.rows import COLUMNS
 from harness.sweep.catalog import PRIMARY_METRIC
 from harness.sweep.metrics import METRICS
 from moc.config import PRESETS

@@ -6,7 +6,7 @@ from rows import rows_of
 
 from harness.report.memory_formula import memory_formula
 from harness.report.points import point_table
-from harness.store.files import COLUMNS
+from harness.store.rows import COLUMNS
 from harness.sweep.point import Point
 
 SHAPE = {"preset": "1m", "d_model": 128, "d_ffn": 384, "n_layers": 4, "n_heads": 4, "batch": 2, "seq_len": 64}

@@ -11,7 +11,7 @@ from optimize_surface import TRADE_OFF, Measure, answer, k_frac, open_search, tr
 from PIL import Image
 from rows import rows_of
 
-from harness.report.build import write_report
+from harness.report.build import read_results, write_report
 from harness.report.search.section import search_section
 from harness.report.search.words import (
     best_sentence,
@@ -175,7 +175,7 @@ def test_plots_and_tables_of_any_number_of_objectives_are_written(tmp_path: Path
         ),
     }[objectives]
     searched(tmp_path, text)
-    written = write_report(tmp_path)
+    written = write_report(read_results(tmp_path))
     pictures = [path for path in written if path.suffix == ".png"]
     assert len(pictures) == (3 if objectives == 1 else 4)
     report = (tmp_path / "report.md").read_text()

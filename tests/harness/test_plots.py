@@ -18,6 +18,7 @@ from synthetic_rows import CPU, around, curves, frame, gpu_rows, point, quality,
 from harness.report.plots.draw import draw_plots
 from harness.report.plots.over_k import front
 from harness.report.plots.style import Board, Look, Mark, Plot, look
+from harness.report.tables import tables_of
 from moc.methods import METHODS
 
 CAPTION = "Example GPU 80GB · 2026-11-24 · torch 2.11.0 · mocbench run sweeps/made_up.yaml"
@@ -67,9 +68,7 @@ def gpu(tmp_path_factory: pytest.TempPathFactory) -> Drawn:
 
 def draw(rows: pd.DataFrame, folder: Path, samples: pd.DataFrame | None = None) -> dict[str, Plot]:
     """The plots of some rows by name."""
-    no_samples = pd.DataFrame(columns=["run_id", "point_key", "metric", "x", "value"])
-    plots = draw_plots(rows, no_samples if samples is None else samples, CAPTION, folder, "")
-    return {plot.name: plot for plot in plots}
+    return {plot.name: plot for plot in draw_plots(tables_of(rows, samples), CAPTION, folder, "")}
 
 
 def panel(board: Board, title: str) -> Axes:

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from synthetic_rows import CPU, GPU, curves, frame, gpu_rows, point, quality, write_results
 
-from harness.report.build import write_report
+import harness.report.tables
+from harness.report.build import conclusions, read_results, write_report
 
 TOPK = "topk:0.1875"
 
@@ -43,7 +44,7 @@ def gpu_report(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Pat
     )
     merged = frame(rows.to_dict("records"), extra.to_dict("records"))
     folder = write_results(tmp_path_factory.mktemp("results") / "made_up", merged, curves(rows))
-    return folder, write_report(folder)
+    return folder, write_report(read_results(folder))
 
 
 def small(folder: Path, *devices: str) -> Path:
@@ -142,7 +143,7 @@ def test_environment_command_and_sweep_file_are_in_both_forms(gpu_report: tuple[
 def test_devices_get_sections_and_plots_of_their_own(tmp_path: Path) -> None:
     """Rows of two devices make two sections whose ratios come from inside, and plots named by device."""
     folder = small(tmp_path, GPU, CPU)
-    files = write_report(folder)
+    files = write_report(read_results(folder))
     names = {path.name for path in files}
     assert {"throughput_vs_k-example_gpu_80gb.png", "throughput_vs_k-cpu_example_2_cores.png"} <= names
     text = (folder / "report.md").read_text(encoding="utf-8")
@@ -156,13 +157,13 @@ def test_devices_get_sections_and_plots_of_their_own(tmp_path: Path) -> None:
 def test_one_device_can_be_chosen(tmp_path: Path) -> None:
     """With a device name only its rows are reported; an unknown one is refused, naming those there are."""
     folder = small(tmp_path, GPU, CPU)
-    files = write_report(folder, CPU)
+    files = write_report(read_results(folder, CPU))
     assert "throughput_vs_k.png" in {path.name for path in files}
     text = (folder / "report.md").read_text(encoding="utf-8")
     assert f"## {CPU}" in text
     assert GPU not in text
     with pytest.raises(ValueError, match=f"no rows of 'H100'; it has {GPU}, {CPU}"):
-        write_report(folder, "H100")
+        write_report(read_results(folder, "H100"))
 
 
 def test_old_plots_go_and_foreign_files_stay(tmp_path: Path) -> None:
@@ -171,7 +172,7 @@ def test_old_plots_go_and_foreign_files_stay(tmp_path: Path) -> None:
     (folder / "plots").mkdir()
     for name in ("ffn_speedup.png", "loss_vs_tokens-old_device.png", "my_own.png"):
         (folder / "plots" / name).write_bytes(b"old")
-    write_report(folder)
+    write_report(read_results(folder))
     left = {path.name for path in (folder / "plots").glob("*.png")}
     assert "my_own.png" in left
     assert not {"ffn_speedup.png", "loss_vs_tokens-old_device.png"} & left
@@ -183,7 +184,7 @@ def test_a_report_needs_nothing_but_rows(tmp_path: Path) -> None:
     for path in folder.iterdir():
         if path.name != "rows.jsonl":
             path.unlink()
-    write_report(folder)
+    write_report(read_results(folder))
     text = (folder / "report.md").read_text(encoding="utf-8")
     assert "0.50x" in text
     assert "How it was run" not in text
@@ -193,14 +194,14 @@ def test_a_report_needs_nothing_but_rows(tmp_path: Path) -> None:
 def test_no_rows_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
     """An empty folder is refused in one line."""
     with pytest.raises(ValueError, match="no rows to report; `mocbench run` writes them"):
-        write_report(tmp_path)
+        write_report(read_results(tmp_path))
 
 
 def test_a_sweep_that_only_failed_has_a_report(tmp_path: Path) -> None:
     """When every point failed the report lists them and claims nothing; long reasons are cut."""
     failed = point("moc_reference", TOPK, status="crashed", detail="boom " * 100)
     folder = write_results(tmp_path, frame(failed))
-    files = write_report(folder)
+    files = write_report(read_results(folder))
     assert [path.name for path in files] == ["report.md", "report.html"]
     text = (folder / "report.md").read_text(encoding="utf-8")
     assert "1 of 1 points failed (1 crashed)" in text
@@ -220,7 +221,7 @@ def test_environments_that_differ_are_side_by_side(tmp_path: Path) -> None:
         {"env_id": name, "torch": version, "cpu": "same"} for name, version in (("a", "2.11"), ("b", "2.13"))
     ]
     (folder / "environments.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    write_report(folder)
+    write_report(read_results(folder))
     text = (folder / "report.md").read_text(encoding="utf-8")
     assert "| torch | 2.11 | 2.13 |" in text
     assert "| cpu | same |  |" in text
@@ -229,7 +230,21 @@ def test_environments_that_differ_are_side_by_side(tmp_path: Path) -> None:
 def test_report_is_the_same_when_written_again(tmp_path: Path) -> None:
     """Writing twice gives the same text and the same pictures: a kept report changes only with its rows."""
     folder = small(tmp_path / "one", GPU)
-    first = {path.relative_to(folder): path.read_bytes() for path in write_report(folder)}
+    first = {path.relative_to(folder): path.read_bytes() for path in write_report(read_results(folder))}
     shutil.rmtree(folder / "plots")
-    second = {path.relative_to(folder): path.read_bytes() for path in write_report(folder)}
+    second = {path.relative_to(folder): path.read_bytes() for path in write_report(read_results(folder))}
     assert first == second
+
+
+def test_tables_are_computed_once_per_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Report, plots and sentences share one point table and one summary of each device."""
+    computed = []
+    for name in ("point_table", "summarise"):
+        whole = getattr(harness.report.tables, name)
+        monkeypatch.setattr(
+            harness.report.tables, name, lambda *args, n=name, f=whole: computed.append(n) or f(*args)
+        )
+    results = read_results(small(tmp_path, CPU, GPU))
+    write_report(results)
+    assert conclusions(results)
+    assert computed == ["point_table", "summarise"] * 2
