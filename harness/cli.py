@@ -96,7 +96,7 @@ def run(
     results: ResultsOption = RESULTS,
 ) -> None:
     """Measure what is missing, then write tables, plots and the report."""
-    from harness.dashboard import hang_pictures
+    from harness.dashboard import attach_plots
     from harness.run.options import RunOptions
     from harness.run.runner import run_sweep
 
@@ -114,7 +114,7 @@ def run(
     )
     summary = run_sweep(model, options, console)
     _report(console, summary.folder)
-    hang_pictures(summary.folder, model.name, storage)
+    attach_plots(summary.folder, model.name, storage)
     if summary.failed:
         console.print(f"{summary.failed} points failed: mocbench status {path} says why", highlight=False)
         raise typer.Exit(1)
@@ -212,9 +212,9 @@ def report(
         raise SpecError(f"{folder}: has neither rows.jsonl nor rows.parquet; run the sweep first")
     _report(console, folder)
     if (folder / JOURNAL_NAME).exists():
-        from harness.dashboard import hang_pictures
+        from harness.dashboard import attach_plots
 
-        hang_pictures(folder, folder.resolve().name)
+        attach_plots(folder, folder.resolve().name)
 
 
 @app.command()

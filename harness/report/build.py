@@ -6,7 +6,6 @@ nothing is ever compared across them.
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from harness.report.crossover import crossover_table
 from harness.report.findings import findings
 from harness.report.memory_formula import memory_formula
 from harness.report.plots.draw import draw_plots
+from harness.report.plots.style import plot_subject
 from harness.report.present import failure_table, headline_for_people, memory_formula_table, workload_table
 from harness.report.render import (
     Block,
@@ -32,23 +32,17 @@ from harness.report.render import (
     to_html,
     to_markdown,
 )
-from harness.report.search.plots import PLOT_NAMES as _SEARCH_PLOTS
 from harness.report.search.section import Section, search_section, search_sentences, searched_parts, split
 from harness.report.summary import headline_table
 from harness.report.tables import Tables, tables_of
 from harness.search.outcome import Search
+from harness.store.files import read_environments
 from harness.store.frames import read_rows, read_samples
 from harness.sweep.model import part_name
 
 _MEMORY_NOTE = (
     "Peak of the whole model as it should be: dense peak minus what each FFN layer does not keep,"
     " times tokens and layers. The formula does not know transient memory at the peak."
-)
-_PLOT_NAMES = (
-    *("perplexity_vs_k", "throughput_vs_k", "memory_vs_k", "perplexity_memory_pareto"),
-    *("throughput_vs_seq_len", "loss_vs_tokens", "loss_gap_vs_tokens"),
-    *("ffn_step_time", "ffn_saved_bytes", "ffn_speedup", "batch_crossover"),
-    *_SEARCH_PLOTS,
 )
 
 
@@ -68,10 +62,14 @@ class DeviceResults:
 
 @dataclass(frozen=True)
 class Results:
-    """A results folder as the report sees it, a `DeviceResults` per device."""
+    """A results folder as the report sees it, a `DeviceResults` per device.
+
+    `problem` is a sentence that says why the sweep file could not be used; empty if there is no problem.
+    """
 
     folder: Path
     devices: tuple[DeviceResults, ...]
+    problem: str = ""
 
 
 def read_results(folder: Path, device_name: str | None = None) -> Results:
@@ -89,13 +87,13 @@ def read_results(folder: Path, device_name: str | None = None) -> Results:
             raise SpecError(f"{folder}: no rows of {device_name!r}; it has {', '.join(names)}")
         names = [device_name]
     samples = read_samples(folder)
-    parts = searched_parts(folder)
+    parts, problem = searched_parts(folder)
     devices = []
     for name in names:
         own = rows[rows["device_name"] == name]
         searches, rest = split(parts, own)
         devices.append(DeviceResults(name, own, tuple(searches), tables_of(rest, samples)))
-    return Results(folder, tuple(devices))
+    return Results(folder, tuple(devices), problem)
 
 
 def write_report(results: Results) -> list[Path]:
@@ -104,11 +102,13 @@ def write_report(results: Results) -> list[Path]:
     Every device has a section. Plots of an earlier report that the rows no longer support are removed.
     """
     folder, devices = results.folder, results.devices
-    environments = _environments(folder)
+    environments = read_environments(folder)
     command = wording.without_paths(_read(folder / "command.txt").strip())
     blocks: list[Block] = [Heading(1, f"Sweep {devices[0].rows['sweep'].iloc[0]}")]
     if len(devices) > 1:
         blocks.append(Paragraph(f"{len(devices)} devices, a section each; numbers of two devices never mix."))
+    if results.problem:
+        blocks.append(Paragraph(results.problem))
     for device in devices:
         tail = "" if len(devices) == 1 else "-" + _slug(device.name)
         records = [
@@ -133,7 +133,7 @@ def write_report(results: Results) -> list[Path]:
 
 def conclusions(results: Results) -> list[str]:
     """What the rows show, device by device: of its searches, and of all points that belong to none."""
-    sentences: list[str] = []
+    sentences = [results.problem] if results.problem else []
     for device in results.devices:
         prefix = f"{device.name}: " if len(results.devices) > 1 else ""
         found = [item for search in device.searches for item in search_sentences(results.folder, search)]
@@ -216,12 +216,6 @@ def _caption(rows: pd.DataFrame, records: list[dict[str, Any]], command: str, de
     return " · ".join(part for part in (device, when, torch, command) if part)
 
 
-def _environments(results_dir: Path) -> dict[str, dict[str, Any]]:
-    lines = _read(results_dir / "environments.jsonl").splitlines()
-    records = [json.loads(line) for line in lines if line.strip()]
-    return {str(record["env_id"]): record for record in records}
-
-
 def _environment_table(records: list[dict[str, Any]]) -> pd.DataFrame:
     """A line per property, a column per environment; what is the same everywhere is said once."""
     names = list(dict.fromkeys(name for record in records for name in record))
@@ -247,7 +241,7 @@ def _slug(name: str) -> str:
 
 
 def _remove_stale(folder: Path, written: list[Path]) -> None:
-    """Remove plots this module once wrote and the rows no longer support; other files stay."""
+    """Remove the plots of an earlier report that this one does not have; other pictures stay."""
     for path in folder.glob("*.png"):
-        if path.stem.partition("-")[0] in _PLOT_NAMES and path not in written:
+        if path not in written and plot_subject(path) is not None:
             path.unlink()

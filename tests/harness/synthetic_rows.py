@@ -21,6 +21,15 @@ from moc.selection import parse_selection
 CPU = "CPU: Example, 2 cores"
 GPU = "Example GPU 80GB"
 
+SWEEP_FILE = """\
+version: 1
+name: made_up
+data: files:/home/me/text/*.txt
+workload: ffn_train
+axes: {preset: [1m], method: [dense]}
+fixed: {batch: 2, seq_len: 64, dtype: fp32}
+"""
+
 Value = float | tuple[float, float, float]
 
 
@@ -215,7 +224,7 @@ def write_results(folder: Path, rows: pd.DataFrame, samples: pd.DataFrame | None
                 "gpu": None,
             }
         )
-    (folder / "sweep.yaml").write_text("version: 1\nname: made_up\ndata: files:/home/me/text/*.txt\n")
+    (folder / "sweep.yaml").write_text(SWEEP_FILE)
     (folder / "command.txt").write_text(
         "mocbench run sweeps/made_up.yaml --data 'files:/home/me/text/*.txt'\n"
     )

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import re
 import shutil
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from synthetic_rows import CPU, GPU, curves, frame, gpu_rows, point, quality, write_results
+from typer.testing import CliRunner
 
 import harness.report.tables
+from harness.cli import app, main
 from harness.report.build import conclusions, read_results, write_report
+from harness.report.plots.style import Board
 
 TOPK = "topk:0.1875"
 
@@ -62,7 +68,19 @@ def test_every_named_file_is_there(gpu_report: tuple[Path, list[Path]]) -> None:
     folder, files = gpu_report
     assert {path.name for path in files if path.suffix != ".png"} == {"report.md", "report.html"}
     assert {path for path in files if path.suffix == ".png"} == set((folder / "plots").glob("*.png"))
-    assert len(files) == 12
+    plots = {path.stem for path in files if path.suffix == ".png"}
+    assert plots == {
+        "perplexity_vs_k",
+        "throughput_vs_k",
+        "memory_vs_k",
+        "perplexity_memory_pareto",
+        "throughput_vs_seq_len",
+        "loss_vs_tokens",
+        "loss_gap_vs_tokens",
+        "ffn_step_time",
+        "ffn_saved_bytes",
+        "ffn_speedup",
+    }
     assert all(path.stat().st_size > 500 for path in files)
 
 
@@ -94,14 +112,14 @@ def test_text_is_escaped(gpu_report: tuple[Path, list[Path]]) -> None:
 
 def test_markdown_tables_are_rectangular_and_pictures_exist(gpu_report: tuple[Path, list[Path]]) -> None:
     """Every table has equally many cells in all of its lines; every picture is a file next to the report."""
-    folder, _ = gpu_report
+    folder, files = gpu_report
     text = (folder / "report.md").read_text(encoding="utf-8")
     for block in re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE):
         lines = [re.sub(r"\\\|", "", line) for line in block.splitlines()]
         assert len({line.count("|") for line in lines}) == 1
         assert len(lines) > 2
     pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
-    assert len(pictures) == 10
+    assert [folder / name for name in pictures] == [path for path in files if path.suffix == ".png"]
     assert all((folder / name).is_file() and not name.startswith("/") for name in pictures)
 
 
@@ -170,12 +188,21 @@ def test_old_plots_go_and_foreign_files_stay(tmp_path: Path) -> None:
     """Plots the rows no longer support are removed; a file this module never wrote is left alone."""
     folder = small(tmp_path, GPU)
     (folder / "plots").mkdir()
-    for name in ("ffn_speedup.png", "loss_vs_tokens-old_device.png", "my_own.png"):
-        (folder / "plots" / name).write_bytes(b"old")
+    for name in ("no_longer_drawn", "loss_vs_tokens-old_device"):
+        Board([""], columns=1).save(folder / "plots" / f"{name}.png", "old", "caption")
+    foreign = {"my_own.png": b"not a picture", "figure.png": _plain_png()}
+    for name, content in foreign.items():
+        (folder / "plots" / name).write_bytes(content)
     write_report(read_results(folder))
     left = {path.name for path in (folder / "plots").glob("*.png")}
-    assert "my_own.png" in left
-    assert not {"ffn_speedup.png", "loss_vs_tokens-old_device.png"} & left
+    assert foreign.keys() <= left
+    assert not {"no_longer_drawn.png", "loss_vs_tokens-old_device.png"} & left
+
+
+def _plain_png() -> bytes:
+    stream = io.BytesIO()
+    Image.new("L", (8, 8)).save(stream, "PNG")
+    return stream.getvalue()
 
 
 def test_a_report_needs_nothing_but_rows(tmp_path: Path) -> None:
@@ -189,6 +216,40 @@ def test_a_report_needs_nothing_but_rows(tmp_path: Path) -> None:
     assert "0.50x" in text
     assert "How it was run" not in text
     assert "### Environment" not in text
+
+
+def test_an_environment_line_cut_short_is_left_out(tmp_path: Path) -> None:
+    """A run that was killed while it wrote its environment does not end the report of what was measured."""
+    folder = small(tmp_path, GPU)
+    with (folder / "environments.jsonl").open("a") as file:
+        file.write('{"env_id": "cut", "tor')
+    done = CliRunner().invoke(app, ["report", str(folder)])
+    assert done.exit_code == 0, done.exception
+    assert "| torch | 2.11.0 |" in (folder / "report.md").read_text(encoding="utf-8")
+
+
+def test_a_file_without_rows_is_one_line_and_exit_code_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A sweep that was stopped before its first point is the user's to run again, not a traceback."""
+    (tmp_path / "rows.jsonl").touch()
+    monkeypatch.setattr(sys, "argv", ["mocbench", "report", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"{tmp_path}: no rows to report; `mocbench run` writes them\n"
+
+
+@pytest.mark.parametrize("content", [b"version: 1\nname: [", b"\xff\xfe", b"version: 1\nname: made_up\n"])
+def test_a_sweep_file_that_cannot_be_read_is_said(tmp_path: Path, content: bytes) -> None:
+    """Whether there was a search is then unknown, and the reader must know that the tables are a grid's."""
+    folder = small(tmp_path, GPU)
+    (folder / "sweep.yaml").write_bytes(content)
+    done = CliRunner().invoke(app, ["report", str(folder)])
+    assert done.exit_code == 0, done.exception
+    for text in (" ".join(done.output.split()), (folder / "report.md").read_text(encoding="utf-8")):
+        assert "The sweep file cannot be read (" in text
+        assert "so a search in it is reported as a grid." in text
 
 
 def test_no_rows_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter
 
 from harness.report import wording
-from harness.report.plots.style import Board, Plot, line_handle, look
+from harness.report.plots.style import Board, Plot, line_handle, look, subject_of
 from harness.report.plots.titles import ratio_note, saved_title, speedup_title, step_title
 
 _CONDITIONS = ("tokens", "seq_len", "dtype", "timing_mode")
@@ -58,7 +58,7 @@ def _board(summary: pd.DataFrame, labels: list[str]) -> tuple[Board, list[tuple[
     titles = _titles(summary)
     board = Board(
         list(titles.values()), columns=min(3, len(titles)) if len(titles) != 4 else 2,
-        panel_inches=0.7 + 0.27 * len(labels), share_x=False,
+        panel_inches=0.7 + 0.27 * len(labels), share_x=False, subject=subject_of(summary),
     )  # fmt: skip
     return board, [(a, summary[summary["cell"] == c]) for a, c in zip(board.axes, titles, strict=True)]
 

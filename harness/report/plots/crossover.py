@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from harness.report import wording
 from harness.report.crossover import independent_union
 from harness.report.plots.panels import interval, one_size_each, series_of, with_k
-from harness.report.plots.style import Board, Plot, line_handle, look
+from harness.report.plots.style import Board, Plot, line_handle, look, subject_of
 from harness.report.plots.titles import ratio_note
 from harness.report.summary import lead_series
 from harness.report.tables import Tables
@@ -37,7 +37,8 @@ def crossover_plot(tables: Tables, caption: str, path: Path) -> Plot | None:
     known = one_size_each(known)
     panels = [group for _, group in known.groupby(list(_PANEL), sort=False)]
     columns = 2 if len(panels) == 3 else 3  # of one panel more
-    board = Board([*(_title(panel, panels) for panel in panels), "channels a batch needs"], columns=columns)
+    titles = [*(_title(panel, panels) for panel in panels), "channels a batch needs"]
+    board = Board(titles, columns=columns, subject=subject_of(known))
     batches = sorted(set(known["batch"]))
     for axes, panel in zip(board.axes, panels, strict=False):
         _speedups(board, axes, panel)

@@ -25,7 +25,7 @@ from harness.report.plots.panels import (
     series_of,
     with_k,
 )
-from harness.report.plots.style import Board, Look, Mark, Plot, line_handle
+from harness.report.plots.style import Board, Look, Mark, Plot, line_handle, subject_of
 from harness.report.plots.titles import k_title, pareto_title, scaling_title
 from harness.report.points import cell_ids
 from harness.report.summary import SEEDS_FOR_INTERVAL
@@ -215,7 +215,9 @@ def scaling(summary: pd.DataFrame, caption: str, path: Path) -> Plot | None:
         return None
     shown = one_size_each(known)
     titles = panels(shown, [name for name in CONDITIONS if name not in ("seq_len", "batch")])
-    board = Board(list(titles.values()), columns=min(3, len(titles)), panel_inches=3.1)
+    board = Board(
+        list(titles.values()), columns=min(3, len(titles)), panel_inches=3.1, subject=subject_of(shown)
+    )
     lengths = sorted(set(shown["seq_len"]))
     for axes, cell in zip(board.axes, titles, strict=True):
         part = shown[shown["cell"] == cell]

@@ -16,15 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import pandas as pd
 import seaborn as sns
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from PIL import Image
 
 from harness.report.wording import series_label
 
+_SOFTWARE = "mocbench"  # the `Software` text of every PNG that is written here
 WIDTH_IN = 9.0  # shown at 900 pixels, a point of type is then 1.4 pixels
 DPI = 150
 
@@ -100,12 +103,38 @@ def look(method: str, rule: str, *, dense: bool) -> Look:
 
 
 @dataclass(frozen=True)
+class Subject:
+    """What a plot is of: the points of a grid of these workloads, or the search of one part of a sweep."""
+
+    workloads: tuple[str, ...] = ()
+    search: str = ""
+
+
+@dataclass(frozen=True)
 class Plot:
-    """A plot on disk. `name` says which plot it is, `title` is its message."""
+    """A plot on disk. `name` says which plot it is, `title` is its message, `subject` what it is of."""
 
     name: str
     path: Path
     title: str
+    subject: Subject = Subject()
+
+
+def subject_of(lines: pd.DataFrame) -> Subject:
+    """The subject of a plot that draws these lines of points or of their summary."""
+    return Subject(tuple(dict.fromkeys(map(str, lines["workload"]))))
+
+
+def plot_subject(path: Path) -> Subject | None:
+    """What a PNG that `Board.save` wrote is of; None for a picture of any other origin."""
+    try:
+        with Image.open(path, formats=["PNG"]) as picture:
+            texts = dict(picture.info)
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return None
+    if texts.get("Software") != _SOFTWARE:
+        return None
+    return Subject(tuple(str(texts.get("Workloads", "")).split()), str(texts.get("Search", "")))
 
 
 @dataclass(frozen=True)
@@ -123,9 +152,16 @@ class Board:
     """A grid of panels with a message on top, one legend and one caption for all of them."""
 
     def __init__(
-        self, panels: Sequence[str], *, columns: int, panel_inches: float = 2.7, share_x: bool = True
+        self,
+        panels: Sequence[str],
+        *,
+        columns: int,
+        panel_inches: float = 2.7,
+        share_x: bool = True,
+        subject: Subject = Subject(),
     ) -> None:
-        """`panels` are their titles; `columns` how many stand side by side at most."""
+        """`panels` are their titles, `columns` how many are side by side at most, `subject` what it is of."""
+        self._subject = subject
         self._style = {
             **sns.axes_style("whitegrid"),
             **sns.plotting_context("notebook", font_scale=0.8),
@@ -201,8 +237,10 @@ class Board:
             for axes, marks in self._texts:
                 _place_labels(axes, marks)
             path.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path, metadata={"Software": "mocbench"})
-        return Plot(path.stem.partition("-")[0], path, title)
+            texts = {"Workloads": " ".join(self._subject.workloads), "Search": self._subject.search}
+            named = {name: text for name, text in texts.items() if text}
+            figure.savefig(path, metadata={"Software": _SOFTWARE, **named})
+        return Plot(path.stem.partition("-")[0], path, title, self._subject)
 
 
 def line_handle(style: Look, **changes: Any) -> Line2D:

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from harness.report.plots.style import Board, Look, Mark, Plot, line_handle, look
+from harness.report.plots.style import Board, Look, Mark, Plot, Subject, line_handle, look
 from harness.report.points import family, is_dense
 from harness.report.search.words import (
     View,
@@ -26,7 +26,7 @@ from harness.report.search.words import (
     view_of,
 )
 from harness.search.outcome import Search
-from harness.sweep.model import Range
+from harness.sweep.model import Range, part_name
 
 PLOT_NAMES = (
     "optimization_pareto",
@@ -58,6 +58,10 @@ def draw_search(search: Search, shares: pd.DataFrame, caption: str, folder: Path
     return plots
 
 
+def _subject(search: Search) -> Subject:
+    return Subject(search=part_name(search.part))
+
+
 def _look(line: pd.Series) -> Look:
     method, selection = str(line["method"]), str(line["selection"]) or None
     return look(method, family(selection), dense=is_dense(method, selection))
@@ -74,7 +78,13 @@ def _marks(style: Look, **changes: Any) -> dict[str, Any]:
 def pareto_plot(search: Search, views: list[View], caption: str, path: Path) -> Plot:
     """Every pair of objectives: trials with intervals, the front, the dense baselines."""
     pairs = list(itertools.combinations(range(len(views)), 2))[:6]
-    board = Board([""] * len(pairs), columns=min(2, len(pairs)), panel_inches=4.2, share_x=False)
+    board = Board(
+        [""] * len(pairs),
+        columns=min(2, len(pairs)),
+        panel_inches=4.2,
+        share_x=False,
+        subject=_subject(search),
+    )
     good, dense = search.measured, search.baselines
     for axes, (first, second) in zip(board.axes, pairs, strict=True):
         up, across = views[first], views[second]
@@ -140,7 +150,7 @@ def progress_plot(search: Search, views: list[View], caption: str, path: Path) -
     """Hypervolume over trials, or every value and the best so far of a single objective."""
     values = history(search)
     numbers = search.trials["trial"].to_numpy()
-    board = Board([""], columns=1, panel_inches=3.0)
+    board = Board([""], columns=1, panel_inches=3.0, subject=_subject(search))
     axes = board.axes[0]
     scale = views[0].scale if len(views) == 1 else 1.0
     axes.step(numbers, values / scale, where="post", color="black", linewidth=1.6)
@@ -178,7 +188,10 @@ def importance_plot(
     """A bar per parameter and objective, with the range of resampled trials."""
     names = list(search.varied)
     board = Board(
-        [view.name for view in views], columns=min(3, len(views)), panel_inches=0.7 + 0.4 * len(names)
+        [view.name for view in views],
+        columns=min(3, len(views)),
+        panel_inches=0.7 + 0.4 * len(names),
+        subject=_subject(search),
     )
     for number, (axes, view) in enumerate(zip(board.axes, views, strict=True)):
         own = shares[shares["objective"] == view.metric].set_index("parameter").loc[names]
@@ -203,7 +216,13 @@ def slices_plot(search: Search, views: list[View], shares: pd.DataFrame, caption
     """Each objective over each parameter: where the good values lie."""
     names = [name for name in search.varied if name != "selection"] or list(search.varied)
     names = names[:4]
-    board = Board([""] * (len(names) * len(views)), columns=len(names), panel_inches=2.5, share_x=False)
+    board = Board(
+        [""] * (len(names) * len(views)),
+        columns=len(names),
+        panel_inches=2.5,
+        share_x=False,
+        subject=_subject(search),
+    )
     for at, axes in enumerate(board.axes):
         view, name = views[at // len(names)], names[at % len(names)]
         places = _places(search, name, axes)

@@ -32,14 +32,20 @@ class Section:
     tables: tuple[tuple[str, pd.DataFrame, str], ...]
 
 
-def searched_parts(results_dir: Path) -> list[Part]:
-    """The parts of a results folder's sweep that are searches; none if it keeps no readable sweep file."""
+def searched_parts(results_dir: Path) -> tuple[list[Part], str]:
+    """The parts of a results folder's sweep that are searches, and a sentence if they cannot be known.
+
+    A folder without a sweep file has no searches; one whose file cannot be read has none that is known.
+    """
     path = results_dir / "sweep.yaml"
+    if not path.exists():
+        return [], ""
     try:
         sweep = parse_sweep(path.read_text(encoding="utf-8"), path.name, import_methods=False)
-    except (OSError, SpecError):
-        return []
-    return [part for part in sweep.parts if part.optimize is not None]
+    except (OSError, UnicodeDecodeError, SpecError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        return [], f"The sweep file cannot be read ({reason}), so a search in it is reported as a grid."
+    return [part for part in sweep.parts if part.optimize is not None], ""
 
 
 def split(parts: Sequence[Part], rows: pd.DataFrame) -> tuple[list[Search], pd.DataFrame]:
