@@ -57,15 +57,7 @@ def _value(name: str, form: Callable[[float], str]) -> _Cell:
 
 
 def _with_interval(name: str, form: Callable[[float], str]) -> _Cell:
-    """`12.3 (12.1-12.6)`, or just the value where no interval was measured."""
-
-    def cell(line: pd.Series) -> str:
-        low, high = line[f"{name}_ci_low"], line[f"{name}_ci_high"]
-        if line[name] != line[name] or low != low:
-            return form(line[name])
-        return f"{form(line[name])} ({form(low)}{wording.DASH}{form(high)})"
-
-    return cell
+    return lambda line: wording.with_interval(line, name, form)
 
 
 def _digits(count: int) -> Callable[[float], str]:

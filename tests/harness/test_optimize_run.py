@@ -97,8 +97,6 @@ def test_the_report_of_a_search_needs_no_journal(tmp_path: Path) -> None:
     assert names == [
         "optimization_pareto.png",
         "optimization_progress.png",
-        *(["optimization_importances.png"] if "optimization_importances.png" in names else []),
-        "optimization_parameters.png",
         "report.md",
         "report.html",
     ]

@@ -16,7 +16,6 @@ from PIL import Image
 from synthetic_rows import CPU, around, curves, frame, gpu_rows, point, quality, quick_rows
 
 from harness.report.plots.draw import draw_plots
-from harness.report.plots.over_k import front
 from harness.report.plots.style import Board, Look, Mark, Plot, look
 from harness.report.tables import tables_of
 from moc.methods import METHODS
@@ -303,12 +302,6 @@ def test_gap_to_dense_is_taken_at_the_same_token(tmp_path: Path, boards: dict[st
     )
     drawn = marks_of(boards["loss_gap_vs_tokens"].axes[0], look("moc_reference", "topk", dense=False))
     assert drawn == [(0.0, pytest.approx(0.0)), (10.0, pytest.approx(-0.5)), (20.0, pytest.approx(0.1))]
-
-
-def test_front_by_hand() -> None:
-    """Of five points those that nothing beats in both directions are the front; equal points both stay."""
-    table = pd.DataFrame({"x": [1, 2, 3, 2, 1], "y": [9, 5, 6, 4, 9]}, index=list("abcde"))
-    assert list(front(table, "x", "y")) == ["a", "d", "e"]
 
 
 def test_looks_are_fixed_and_tell_series_apart_without_colour() -> None:

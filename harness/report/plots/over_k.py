@@ -29,6 +29,7 @@ from harness.report.plots.style import Board, Look, Mark, Plot, line_handle, sub
 from harness.report.plots.titles import k_title, pareto_title, scaling_title
 from harness.report.points import cell_ids
 from harness.report.summary import SEEDS_FOR_INTERVAL
+from harness.search.pareto import front
 
 _K_AXIS = "K: channels kept per token (% of d_ffn)"
 _WHISKER: dict[str, Any] = {"capsize": 3, "elinewidth": 1.1, "capthick": 1.1}
@@ -157,7 +158,7 @@ def pareto(
         return None
     known = known.assign(on_front=False)
     for _, part in known.groupby("cell", sort=False):
-        known.loc[front(part, peak, "perplexity"), "on_front"] = True
+        known.loc[part.index, "on_front"] = front(part[[peak, "perplexity"]].to_numpy())
     board, parts = board_of(known, share_x=False)
     labelled = False
     for axes, part in parts:
@@ -195,17 +196,6 @@ def _mark(line: pd.Series, peak: str, scale: float, named: bool) -> Mark:
 
 def _dense_marks(style: Look) -> dict[str, Any]:
     return {"color": style.color, "marker": "h", "markersize": 8, "linestyle": "", "markeredgecolor": "white"}
-
-
-def front(part: pd.DataFrame, x: str, y: str) -> pd.Index:
-    """Index of the lines no other line beats in both columns (less is better in both)."""
-    kept = []
-    for index, line in part.iterrows():
-        as_good = (part[x] <= line[x]) & (part[y] <= line[y])
-        better = (part[x] < line[x]) | (part[y] < line[y])
-        if not (as_good & better).any():
-            kept.append(index)
-    return pd.Index(kept)
 
 
 def scaling(summary: pd.DataFrame, caption: str, path: Path) -> Plot | None:
