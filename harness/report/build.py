@@ -195,8 +195,8 @@ def _how_it_was_run(command: str, sweep_file: str) -> list[Block]:
 def _headline_note(headline: pd.DataFrame) -> str:
     paired = wording.by_pairing(
         headline["paired"],
-        every="Speed ratios are paired: rivals took turns in one process.",
-        some="Speed ratios are paired, since rivals took turns in one process, except those marked unpaired:"
+        every="Speed ratios are paired: the methods took turns in one process.",
+        some="Speed ratios are paired (the methods took turns in one process), except those marked unpaired:"
         " the fastest dense method was measured later, and they are quotients of two runs' speeds.",
         none="Speed ratios are unpaired: each method ran in a process of its own.",
     )

@@ -17,8 +17,16 @@ from harness.sweep.catalog import DECODING
 
 # Lines that differ in the batch alone; a prompt's length is one of a whole model only.
 _SERIES = (
-    *("device_name", "workload", "preset", "d_model", "d_ffn", "n_layers", "seq_len", "dtype"),
-    *("method", "selection"),
+    "device_name",
+    "workload",
+    "preset",
+    "d_model",
+    "d_ffn",
+    "n_layers",
+    "seq_len",
+    "dtype",
+    "method",
+    "selection",
 )
 
 
@@ -101,7 +109,7 @@ def crossover_table(found: pd.DataFrame) -> pd.DataFrame:
 
 
 def _wins(line: pd.Series) -> str:
-    if line["wins_to"] != line["wins_to"]:
+    if math.isnan(line["wins_to"]):
         return "none"
     every = line["wins_to"] == line["largest"]
     return f"{line['wins_to']:.0f}" + (" (all measured)" if every else "")

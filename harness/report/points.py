@@ -22,7 +22,7 @@ from harness.sweep.catalog import ALIGNMENT
 from harness.sweep.metrics import METRICS
 from moc.methods import METHODS
 
-# What rivals of one comparison share, apart from the seed.
+# What the points of one comparison share, apart from the seed.
 CELL: tuple[str, ...] = (
     *("device_name", "workload", "preset", "d_model", "d_ffn", "n_layers", "batch", "seq_len", "tokens"),
     *("train_tokens", "eval_tokens", "vocab_size", "lr", "data_id", "dtype", "timing_mode"),
@@ -33,11 +33,19 @@ _NUMBERS = (
 )
 _WORDS = ("selection", "preset", "data_id", "dtype", "timing_mode", "detail")
 _NUMERIC_COMPARISONS = (
-    *("x_best_dense", "x_best_dense_ci_low", "x_best_dense_ci_high", "memory_change", "saved_change"),
-    *("memory_change_fastest", "saved_change_fastest"),
-    *("loss_gap", "loss_gap_ci_low", "loss_gap_ci_high", "perplexity_change"),
+    "x_best_dense",
+    "x_best_dense_ci_low",
+    "x_best_dense_ci_high",
+    "memory_change",
+    "saved_change",
+    "memory_change_fastest",
+    "saved_change_fastest",
+    "loss_gap",
+    "loss_gap_ci_low",
+    "loss_gap_ci_high",
+    "perplexity_change",
 )
-_RIVALS = ("baseline", "leanest", "saved_leanest")
+_METHODS_COMPARED = ("baseline", "leanest", "saved_leanest")
 
 
 def is_dense(method: str, selection: object) -> bool:
@@ -58,21 +66,39 @@ def family(selection: object) -> str:
 
 
 def point_table(rows: pd.DataFrame, samples: pd.DataFrame | None = None) -> pd.DataFrame:
-    """One line per point with plain float metrics, what is derived from its shape, and its comparisons.
+    """One line per point: what it is, its metrics as plain floats, and how it compares with dense methods.
 
-    `rows` are the current rows of a sweep as `harness.store.frames.read_rows` gives them. Every metric of
-    `harness.sweep.metrics` and its interval has a column, NaN where not measured. Added besides: `cell` (an
-    id),
-    `family`, `k_pct`, `is_dense`, `misaligned`, `measured`, `speed` (tokens/s), `peak_bytes` with
-    `peak_metric`, and per measured point `x_best_dense` (with interval) against `baseline`, `paired` if
-    measured as such and else the quotient of two speeds, `unpaired` if that is so although the point has a
-    paired ratio, to a dense method that a faster one has joined since; `memory_change` against `leanest` and
-    `saved_change` against `saved_leanest` (fractions; the fastest dense stands in where `dense_as_fast` is
-    false; `..._fastest` are against it always), `loss_gap` (nats) and `perplexity_change` (%).
+    `rows` are the current rows of a sweep as `harness.store.frames.read_rows` gives them, `samples` its raw
+    samples. Every metric of `harness.sweep.metrics` and both ends of its interval have a column, NaN where
+    not measured. Besides the columns that say what the point is, these are added:
 
-    With the raw `samples` of the sweep (`harness.store.frames.read_samples`) the interval of `loss_gap` is
-    that of the differences window by window of the same validation text, and `gap_paired` is true; without
-    them it takes the two losses as independent, which makes it several times wider.
+    =====================  ====================================================================
+    cell                   id that points share if they can be compared
+    family                 rule without its size (`family`)
+    k_pct                  K in percent of d_ffn
+    is_dense               exact dense FFN, which may be the baseline
+    misaligned             a width is not a multiple of 8
+    measured               the point has a usable measurement
+    speed                  tokens/s
+    peak_bytes             peak memory; `peak_metric` is the metric it comes from
+    baseline               fastest dense method of the cell and seed
+    x_best_dense           speed over that of `baseline`, with its interval
+    paired                 that ratio was measured with both methods in one process
+    unpaired               the point has a paired ratio, but to a method that is not `baseline`
+    leanest                dense method with the least peak memory of those at least as fast
+    memory_change          peak memory over that of `leanest`, minus one
+    saved_leanest          the same method for saved bytes
+    saved_change           saved bytes over those of `saved_leanest`, minus one
+    dense_as_fast          some dense method is as fast; else `baseline` is `leanest`
+    memory_change_fastest  peak memory over that of `baseline`, minus one
+    saved_change_fastest   saved bytes over those of `baseline`, minus one
+    loss_gap               validation loss minus that of `baseline` (nats), with its interval
+    gap_paired             that interval is paired over the windows of the validation text
+    perplexity_change      perplexity against that of `baseline` (%)
+    =====================  ====================================================================
+
+    The interval of `loss_gap` needs `samples` to be paired; without them the two losses count as
+    independent, which makes it several times wider.
     """
     keys = ["device_name", "point_key"]
     points = wide(rows).merge(
@@ -167,10 +193,10 @@ def _with_comparisons(points: pd.DataFrame, windows: dict[str, NDArray[np.float6
             for point in group:
                 found[id(point)] = _compare(point, baseline, dense or [baseline])
                 found[id(point)].update(_paired_gap(point, baseline, windows))
-    nothing = {**dict.fromkeys(_NUMERIC_COMPARISONS, math.nan), **dict.fromkeys(_RIVALS, "")}
+    nothing = {**dict.fromkeys(_NUMERIC_COMPARISONS, math.nan), **dict.fromkeys(_METHODS_COMPARED, "")}
     flags = dict.fromkeys(("dense_as_fast", "gap_paired", "paired", "unpaired"), False)
     lines = [{**nothing, **flags, **found.get(id(point), {})} for point in records]
-    columns = [*_NUMERIC_COMPARISONS, *_RIVALS, *flags]
+    columns = [*_NUMERIC_COMPARISONS, *_METHODS_COMPARED, *flags]
     return points.join(pd.DataFrame(lines, columns=columns, index=points.index))
 
 
@@ -181,14 +207,14 @@ def _fastest(group: list[dict[str, Any]], dense: list[dict[str, Any]]) -> dict[s
     dense method was added later, each run has such a point, and the fastest of them counts.
     """
     references = [point for point in group if point["speedup_vs_best_dense"] == 1.0]
-    timed = [point for point in references or dense if point["speed"] == point["speed"]]
+    timed = [point for point in references or dense if not math.isnan(point["speed"])]
     if len(references) == 1:
         return references[0]
     return max(timed, key=lambda point: point["speed"]) if timed else dense[0] if dense else None
 
 
 def _compare(point: dict[str, Any], baseline: dict[str, Any], dense: list[dict[str, Any]]) -> dict[str, Any]:
-    measured = point["speedup_vs_best_dense"] == point["speedup_vs_best_dense"]
+    measured = not math.isnan(point["speedup_vs_best_dense"])
     paired = measured and point["paired_over"] in ("", baseline["method"])
     found: dict[str, Any] = {"baseline": baseline["method"], "paired": paired}
     found["unpaired"] = measured and not paired  # the ratio it has is to a baseline of an earlier run
@@ -201,15 +227,15 @@ def _compare(point: dict[str, Any], baseline: dict[str, Any], dense: list[dict[s
             low = high = math.nan  # a method against itself has no interval
     found.update(x_best_dense=ratio, x_best_dense_ci_low=low, x_best_dense_ci_high=high)
 
-    as_fast = [rival for rival in dense if rival["speed"] >= point["speed"]]
+    as_fast = [other for other in dense if other["speed"] >= point["speed"]]
     found["dense_as_fast"] = bool(as_fast)
     for metric, change, who in (
         ("peak_bytes", "memory_change", "leanest"),
         ("saved_activation_bytes_per_token", "saved_change", "saved_leanest"),
     ):
-        rivals = [rival for rival in as_fast or [baseline] if rival[metric] > 0]
-        if rivals:
-            leanest = min(rivals, key=lambda rival: rival[metric])
+        known = [other for other in as_fast or [baseline] if other[metric] > 0]
+        if known:
+            leanest = min(known, key=lambda other: other[metric])
             found[change] = point[metric] / leanest[metric] - 1
             found[who] = leanest["method"]
         if baseline[metric] > 0:
@@ -245,7 +271,7 @@ def _speed_factors(point: dict[str, Any]) -> tuple[float, float]:
     """Logarithms of speed over the low end of its interval, and of the high end over speed."""
     for metric in ("tokens_per_s", "step_ms", "latency_us"):
         value, low, high = (point[f"{metric}{end}"] for end in ("", "_ci_low", "_ci_high"))
-        if value == value:
+        if not math.isnan(value):
             if not low > 0:
                 return math.nan, math.nan
             down, up = math.log(value / low), math.log(high / value)

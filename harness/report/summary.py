@@ -21,7 +21,7 @@ DEFAULT_K = 0.1875
 SEEDS_FOR_INTERVAL = 3
 
 
-# Which sparse series speaks for the sweep in sentences and titles, if several were measured.
+# Which sparse series titles and sentences are about, if several were measured.
 _LEAD_METHODS = ("moc", "moc_fp8", "moc_reference")
 
 
@@ -104,8 +104,22 @@ def in_order(table: pd.DataFrame) -> pd.DataFrame:
         _rule=[_rank(name, _FAMILIES) for name in table["family"]],
     )
     order = [
-        *("device_name", "_work", "workload", "_size", "preset", "tokens", "seq_len", "dtype", "cell"),
-        *("_sparse", "_known", "method", "_rule", "family", "k_frac", "selection"),
+        "device_name",
+        "_work",
+        "workload",
+        "_size",
+        "preset",
+        "tokens",
+        "seq_len",
+        "dtype",
+        "cell",
+        "_sparse",
+        "_known",
+        "method",
+        "_rule",
+        "family",
+        "k_frac",
+        "selection",
     ]
     index = keys.sort_values(order, kind="stable").index
     return table.loc[index].reset_index(drop=True)
@@ -116,7 +130,7 @@ def _rank(name: str, order: Sequence[str]) -> int:
 
 
 def lead_series(summary: pd.DataFrame) -> tuple[str, str] | None:
-    """Method and family that speak for the sweep: MoC before rivals, global top-k before local rules."""
+    """Method and family of the series that titles and sentences are about: MoC first, then global top-k."""
     sparse = summary[~summary["is_dense"] & ~summary["misaligned"] & (summary["family"] != "")]
     if sparse.empty:
         return None

@@ -304,8 +304,13 @@ def test_only_loopback_is_listened_on_unless_asked(tmp_path: Path) -> None:
             assert dashboard.stdout is not None
             said = [dashboard.stdout.readline() for _ in range(lines)]
             assert said[-1].startswith(f"Optuna dashboard on http://{host}:")
-            assert said[:-1] == ["warning: 0.0.0.0 is not loopback; whoever reaches this port can change and "
-                                 "delete the studies\n"][: lines - 1]  # fmt: skip
+            assert (
+                said[:-1]
+                == [
+                    "warning: 0.0.0.0 is not loopback; whoever reaches this port can change and "
+                    "delete the studies\n"
+                ][: lines - 1]
+            )
             port = int(said[-1].split(":")[2].split("/")[0])
             sockets = Path(f"/proc/{dashboard.pid}/net/tcp").read_text()
             assert f" {bound}:{port:04X} 00000000:0000 0A" in sockets  # 0A: listening

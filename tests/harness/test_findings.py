@@ -343,7 +343,7 @@ def test_a_clear_difference_is_not_called_none() -> None:
 
 
 def test_short_runs_are_called_short() -> None:
-    """Tokens per parameter are given, with the warning that short runs flatter sparsity, only where true."""
+    """Tokens per parameter are given, with the warning that short runs favour sparsity, only where true."""
     short = {"parameters": 58e6, "train_tokens_seen": 40e6}
     long = {"parameters": 58e6, "train_tokens_seen": 58e6 * 25}
     for counts, expected in ((short, True), (long, False)):
@@ -351,7 +351,7 @@ def test_short_runs_are_called_short() -> None:
             point("dense", None, trained(1000, **counts)),
             point("moc_reference", TOPK, trained(500, **counts)),
         )
-        assert any("0.69 tokens per parameter" in s and "flatter" in s for s in findings_of(rows)) is expected
+        assert any("0.69 tokens per parameter" in s and "favour" in s for s in findings_of(rows)) is expected
 
 
 def test_paired_ratios_are_called_paired() -> None:

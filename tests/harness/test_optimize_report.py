@@ -189,6 +189,15 @@ def test_trainings_stopped_early_are_told_in_the_report(tmp_path: Path) -> None:
 
 
 TINY: dict[str, Any] = {
-    "workload": "pretrain", "method": "moc_reference", "selection": "topk:0.5", "preset": None, "d_model": 8,
-    "d_ffn": 16, "n_layers": 1, "batch": 1, "seq_len": 8, "dtype": "fp32", "seed": 0,
-}  # fmt: skip
+    "workload": "pretrain",
+    "method": "moc_reference",
+    "selection": "topk:0.5",
+    "preset": None,
+    "d_model": 8,
+    "d_ffn": 16,
+    "n_layers": 1,
+    "batch": 1,
+    "seq_len": 8,
+    "dtype": "fp32",
+    "seed": 0,
+}

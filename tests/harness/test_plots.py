@@ -99,10 +99,11 @@ def assert_nothing_is_cut_or_covered(name: str, board: Board) -> None:
         shown = [
             item
             for item in ticks
-            if item.get_text() and item.get_visible()
+            if item.get_text()
+            and item.get_visible()
             and (low[0] <= item.get_position()[0] <= low[1] or item in axes.get_yticklabels())
             and (high[0] <= item.get_position()[1] <= high[1] or item in axes.get_xticklabels())
-        ]  # fmt: skip
+        ]
         boxes += [(item.get_text(), item.get_window_extent()) for item in shown]
         boxes += [(item.get_text(), item.get_window_extent()) for item in axes.texts]
     for words, box in boxes:
@@ -137,9 +138,12 @@ def test_long_names_and_many_panels_still_fit(tmp_path: Path, boards: dict[str, 
     points = []
     for preset, place in itertools.product(("60m", "130m", "paper-1b"), (1, 4, 16)):
         for method, rule, rate in (
-            ("dense", None, 1e5), ("dense_compiled", None, 3e5), ("moc_reference", "topk:0.1875", 1e5),
-            ("moc_reference", "nm:12:64", 0.9e5), ("package.rivals:a_rather_long_factory_name", None, 2e5),
-        ):  # fmt: skip
+            ("dense", None, 1e5),
+            ("dense_compiled", None, 3e5),
+            ("moc_reference", "topk:0.1875", 1e5),
+            ("moc_reference", "nm:12:64", 0.9e5),
+            ("package.rivals:a_rather_long_factory_name", None, 2e5),
+        ):
             metrics = {"tokens_per_s": around(rate, 0.02), "peak_allocated_bytes": 9e9, **quality(3.3)}
             points.append(point(method, rule, metrics, preset=preset, seq_len=256 * place, tokens=65536))
             ffn = {"step_ms": 1e5 / rate, "speedup_vs_best_dense": around(rate / 3e5, 0.02)}

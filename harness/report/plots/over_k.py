@@ -6,6 +6,7 @@ horizontal line with its interval as a band, because K means nothing to it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -39,7 +40,7 @@ _INTERVALS = "Bars and bands: 95 % intervals of the measurement"
 def _level(axes: Axes, board: Board, style: Look, line: pd.Series, metric: str, scale: float) -> None:
     axes.axhline(line[metric] / scale, color=style.color, linestyle=style.line, linewidth=1.8, zorder=2)
     low, high = line[f"{metric}_ci_low"], line[f"{metric}_ci_high"]
-    if low == low:
+    if not math.isnan(low):
         axes.axhspan(low / scale, high / scale, color=style.color, alpha=0.16, linewidth=0, zorder=1)
     board.legend(line_handle(replace(style, marker="")), style.label)
 
@@ -181,17 +182,16 @@ def pareto(
         board.label(axes, [_mark(line, peak, scale, line.name in many.index) for _, line in part.iterrows()])
     note = "Dotted: the front. Faded: another method is at least as good in both. "
     note += "Percentages: K. " if labelled else ""
-    return board.save(
-        path, pareto_title(known), caption, x=f"{x_name}, less is better",
-        y="perplexity, less is better", note=note + _note(known, "perplexity"),
-    )  # fmt: skip
+    note += _note(known, "perplexity")
+    names = {"x": f"{x_name}, less is better", "y": "perplexity, less is better"}
+    return board.save(path, pareto_title(known), caption, note=note, **names)
 
 
 def _mark(line: pd.Series, peak: str, scale: float, named: bool) -> Mark:
     y = line["perplexity"]
     low, high = line["perplexity_ci_low"], line["perplexity_ci_high"]
     words = wording.percent(line["k_pct"]) if named else ""
-    return Mark(line[peak] / scale, y, low if low == low else y, high if high == high else y, words)
+    return Mark(line[peak] / scale, y, y if math.isnan(low) else low, y if math.isnan(high) else high, words)
 
 
 def _dense_marks(style: Look) -> dict[str, Any]:

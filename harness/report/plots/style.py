@@ -40,7 +40,7 @@ _RULES: dict[str, tuple[str, str]] = {
     "nm:12:64": (_GREEN, "^"),
     "threshold": (_ORANGE, "D"),
 }
-# Other n:m rules and rivals take one of these by a hash of their name: always the same one.
+# Other n:m rules and other methods take one of these by a hash of their name: always the same one.
 _SPARE = tuple((colour, marker) for marker in ("v", "P", "X", "*") for colour in (_SKY, _BROWN, _OLIVE))
 _DENSE: dict[str, tuple[str, Any]] = {
     "dense": ("#8C8C8C", (0, (6, 2))),
@@ -77,9 +77,15 @@ class Look:
     def marks(self, **changes: Any) -> dict[str, Any]:
         """Keyword arguments of a line with markers."""
         style = {
-            "color": self.color, "marker": self.marker, "linestyle": self.line, "fillstyle": self.fill,
-            "markersize": 7, "markeredgewidth": 1.5, "linewidth": 1.6, "markerfacecoloralt": "white",
-        }  # fmt: skip
+            "color": self.color,
+            "marker": self.marker,
+            "linestyle": self.line,
+            "fillstyle": self.fill,
+            "markersize": 7,
+            "markeredgewidth": 1.5,
+            "linewidth": 1.6,
+            "markerfacecoloralt": "white",
+        }
         if self.fill == "none":
             style.update(fillstyle="full", markerfacecolor="white")
         return {**style, **changes}
@@ -229,9 +235,15 @@ class Board:
             figure.text(0.008, floor + up / 2, y, rotation=90, va="center", ha="left", fontsize=9.5)
             if labels:
                 figure.legend(
-                    list(self._legend.values()), labels, loc="lower center", ncols=per_line, frameon=False,
-                    bbox_to_anchor=(0.5, (bottom - 0.04) / height), fontsize=9, handlelength=3.2,
-                )  # fmt: skip
+                    list(self._legend.values()),
+                    labels,
+                    loc="lower center",
+                    ncols=per_line,
+                    frameon=False,
+                    bbox_to_anchor=(0.5, (bottom - 0.04) / height),
+                    fontsize=9,
+                    handlelength=3.2,
+                )
             if self._texts:
                 figure.draw_without_rendering()
             for axes, marks in self._texts:
@@ -244,7 +256,7 @@ class Board:
 
 
 def line_handle(style: Look, **changes: Any) -> Line2D:
-    """Legend entry of a series drawn with markers, or of a dense line."""
+    """What stands for a series in the legend: a marker on a line, or a plain line for a dense method."""
     if not style.marker and not changes:
         return Line2D([], [], color=style.color, linestyle=style.line, linewidth=1.8)
     return Line2D([], [], **style.marks(**changes))
@@ -283,9 +295,16 @@ def _place_labels(axes: Axes, marks: Sequence[Mark]) -> None:
             continue
         behind = {"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.6}
         note = axes.annotate(
-            mark.text, (mark.x, mark.y), (0, 0), textcoords="offset points", ha="center", va="center",
-            fontsize=7.5, color="#222222", bbox=behind,
-        )  # fmt: skip
+            mark.text,
+            (mark.x, mark.y),
+            (0, 0),
+            textcoords="offset points",
+            ha="center",
+            va="center",
+            fontsize=7.5,
+            color="#222222",
+            bbox=behind,
+        )
         extent = note.get_window_extent()
         wide, tall = extent.width + 2 * point, extent.height
         beside = [(x * (wide / 2 + 5 * point), y * (tall / 2 + 4 * point)) for x in (1, -1) for y in (1, -1)]
