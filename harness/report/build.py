@@ -217,7 +217,7 @@ def _caption(rows: pd.DataFrame, records: list[dict[str, Any]], command: str, de
 
 
 def _environment_table(records: list[dict[str, Any]]) -> pd.DataFrame:
-    """A line per property, a column per environment; what is the same everywhere is said once."""
+    """A row per property and a column per environment; a value that all share is in the first one alone."""
     names = list(dict.fromkeys(name for record in records for name in record))
     same = [name for name in names if len({str(record.get(name)) for record in records}) == 1]
     lines = []

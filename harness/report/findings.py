@@ -1,7 +1,7 @@
-"""Sentences that say what the numbers mean, and only what they can carry.
+"""Sentences that say what the numbers mean, and nothing that the numbers do not support.
 
-Every claim names what it is measured against; every hedge that applies is said: how many seeds, how many
-tokens per parameter, whether a ratio is paired, whether the device is a CPU.
+Every claim names what it is compared with, and states every limitation that applies: how many seeds, how
+many tokens per parameter, whether a ratio is paired, whether the device is a CPU.
 """
 
 from __future__ import annotations

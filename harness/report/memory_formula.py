@@ -1,8 +1,8 @@
 """The self-test of memory numbers: does the whole model save what its layers say they do not keep?
 
 peak(method) = peak(dense) - (dense bytes - method bytes per token and layer) * tokens * layers. Both peaks
-and both counts of saved bytes are measured, so the error says how far they agree; what they cannot agree on
-is transient memory that stands at the peak.
+and both counts of saved bytes are measured, so the error says how well they agree. The formula does not
+include memory that is transient at the peak.
 """
 
 from __future__ import annotations

@@ -107,15 +107,15 @@ def point_table(rows: pd.DataFrame, samples: pd.DataFrame | None = None) -> pd.D
     metrics = [f"{metric}{end}" for metric in METRICS for end in ("", "_ci_low", "_ci_high")]
     words = ("device_name", "workload", "method", "status", "point_key", "started_at", *_WORDS)
     points = points.reindex(columns=[*words, *_NUMBERS, *metrics])
-    said = points[list(words)].astype(object).where(points[list(words)].notna(), "")
-    said["device_name"] = said["device_name"].replace("", "unknown device")
+    texts = points[list(words)].astype(object).where(points[list(words)].notna(), "")
+    texts["device_name"] = texts["device_name"].replace("", "unknown device")
     # Training runs are not timed in a launch mode of one's choice, so there it is no condition.
-    said["timing_mode"] = said["timing_mode"].where(said["workload"] != "pretrain", "")
+    texts["timing_mode"] = texts["timing_mode"].where(texts["workload"] != "pretrain", "")
     # One block of plain floats: nullable ones would give every comparison a third value.
     names = [*_NUMBERS, *metrics]
     numbers = points[names].apply(pd.to_numeric, errors="coerce").astype("Float64")
     values = numbers.to_numpy(dtype="float64", na_value=math.nan)
-    points = said.join(pd.DataFrame(values, columns=names, index=points.index))
+    points = texts.join(pd.DataFrame(values, columns=names, index=points.index))
     return _with_comparisons(_with_derived(points, rows), _window_losses(rows, samples))
 
 

@@ -120,7 +120,7 @@ def _top(part: pd.DataFrame, metric: str) -> float:
 
 
 def _readable(values: Sequence[float], room: float) -> list[float]:
-    """Tick places at measured K, without those whose labels would touch."""
+    """Positions of ticks at measured K, without those whose labels would overlap."""
     ticks: list[float] = []
     for value in values:
         if not ticks or value - ticks[-1] >= room * 0.45:

@@ -256,7 +256,7 @@ class Board:
 
 
 def line_handle(style: Look, **changes: Any) -> Line2D:
-    """What stands for a series in the legend: a marker on a line, or a plain line for a dense method."""
+    """Legend handle of a series: a line with markers, or a plain line for a dense method."""
     if not style.marker and not changes:
         return Line2D([], [], color=style.color, linestyle=style.line, linewidth=1.8)
     return Line2D([], [], **style.marks(**changes))
