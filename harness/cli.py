@@ -95,8 +95,7 @@ def run(
     results: ResultsOption = RESULTS,
 ) -> None:
     """Measure what is missing, then write tables, plots and the report."""
-    from harness.dashboard import hang_pictures
-    from harness.report.build import write_report
+    from harness.dashboard import attach_plots
     from harness.run.options import RunOptions
     from harness.run.runner import run_sweep
 
@@ -113,10 +112,8 @@ def run(
         command=_command(path, data),
     )
     summary = run_sweep(model, options, console)
-    for line in write_report(summary.folder):
-        console.print(f"wrote {line}", highlight=False, soft_wrap=True)
-    hang_pictures(summary.folder, model.name, storage)
-    _print_findings(console, summary.folder)
+    _report(console, summary.folder)
+    attach_plots(summary.folder, model.name, storage)
     if summary.failed:
         console.print(f"{summary.failed} points failed: mocbench status {path} says why", highlight=False)
         raise typer.Exit(1)
@@ -175,8 +172,6 @@ def report(
     sweep: SweepArgument = None, device: DeviceOption = Device.auto, results: ResultsOption = RESULTS
 ) -> None:
     """Write tables, plots and report again from the rows; `sweep` is a sweep file or a results folder."""
-    from harness.dashboard import hang_pictures
-    from harness.report.build import write_report
     from harness.search.storage import JOURNAL_NAME
     from harness.store.folders import refuse_links
     from harness.store.frames import export
@@ -192,11 +187,11 @@ def report(
         export(folder)
     elif not (folder / "rows.parquet").exists():
         raise UserError(f"{folder}: has neither rows.jsonl nor rows.parquet; run the sweep first")
-    for line in write_report(folder):
-        console.print(f"wrote {line}", highlight=False, soft_wrap=True)
+    _report(console, folder)
     if (folder / JOURNAL_NAME).exists():
-        hang_pictures(folder, folder.resolve().name)
-    _print_findings(console, folder)
+        from harness.dashboard import attach_plots
+
+        attach_plots(folder, folder.resolve().name)
 
 
 @app.command()
@@ -211,9 +206,9 @@ def crossover(
     """
     import pandas as pd
 
-    from harness.report.crossover import crossover_table, crossovers
+    from harness.report.crossover import crossover_table
     from harness.report.plots.crossover import crossover_plot
-    from harness.report.points import point_table
+    from harness.report.tables import tables_of
     from harness.store.frames import read_rows, read_samples
 
     console = Console(width=None if sys.stdout.isatty() else 180, markup=False)
@@ -224,7 +219,8 @@ def crossover(
             )
     rows = pd.concat([read_rows(folder) for folder in folders], ignore_index=True)
     samples = pd.concat([read_samples(folder) for folder in folders], ignore_index=True)
-    found = crossovers(rows)
+    tables = tables_of(rows, samples)
+    found = tables.crossovers
     if found.empty:
         raise UserError(
             f"{', '.join(map(str, folders))}: no sparse method was decoded at two batches or more beside a"
@@ -246,7 +242,7 @@ def crossover(
     caption = " · ".join(
         [devices[0], " to ".join(dict.fromkeys((dates[0], dates[-1]))), f"crossover {names}"]
     )
-    drawn = crossover_plot(rows, point_table(rows), samples, caption, plot)
+    drawn = crossover_plot(tables, caption, plot)
     if drawn is not None:
         console.print(f"wrote {drawn.path}", highlight=False, soft_wrap=True)
 
@@ -402,10 +398,14 @@ def _command(path: Path, data: str | None) -> str:
     return f"make sweep SWEEP={shown}" + (f" DATA={shlex.quote(describe_source(data))}" if data else "")
 
 
-def _print_findings(console: Console, folder: Path) -> None:
-    from harness.report.build import conclusions
+def _report(console: Console, folder: Path) -> None:
+    """Write the report of a results folder; print the files written and what the numbers say."""
+    from harness.report.build import conclusions, read_results, write_report
 
-    for sentence in conclusions(folder):
+    results = read_results(folder)
+    for path in write_report(results):
+        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+    for sentence in conclusions(results):
         console.print(sentence, highlight=False)
 
 

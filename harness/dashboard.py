@@ -25,6 +25,7 @@ from optuna_dashboard import wsgi
 
 from harness.errors import UserError
 from harness.report.plots.curves import draw_trial
+from harness.report.plots.style import Subject, plot_subject
 from harness.search.artifacts import Gallery
 from harness.search.storage import JOURNAL_NAME, open_storage
 from harness.store.folders import refuse_links
@@ -37,34 +38,35 @@ _Environ = dict[str, Any]
 _Application = Callable[[_Environ, Callable[..., Any]], Iterable[bytes]]
 
 
-def hang_pictures(folder: Path, sweep_name: str, url: str | None = None) -> Gallery:
-    """Bring the report's plots to the sweep's studies, and its loss curves to every finished training.
+def attach_plots(folder: Path, sweep_name: str, url: str | None = None) -> Gallery:
+    """Attach the plots of a report to the studies of its sweep, and loss curves to every finished training.
 
     `folder` is the sweep's results folder and `url` its storage if that is not the journal file there. Curves
-    that hang already are not drawn again. Raises UserError if there is no study or the folder holds links.
+    that are attached already are not drawn again. Raises UserError if there is no study or the folder holds
+    links.
     """
     if url is None and not (folder / JOURNAL_NAME).exists():
         raise UserError(f"{folder / JOURNAL_NAME}: there is no study yet; run the sweep first")
     refuse_links(folder)
     gallery = Gallery(open_storage(folder, url), sweep_name, folder / ARTIFACTS)
-    plots = sorted((folder / "plots").glob("*.png"))
+    plots = {path: plot_subject(path) for path in sorted((folder / "plots").glob("*.png"))}
     for study, about in gallery.studies().items():
-        for plot in plots:
-            if _concerns(plot.name, about):
-                gallery.hang(study, plot)
+        for path, subject in plots.items():
+            if subject is not None and _is_of(subject, about):
+                gallery.hang(study, path)
         if about["workload"] == "pretrain":
-            _hang_curves(folder, gallery, study)
+            _attach_curves(folder, gallery, study)
     return gallery
 
 
-def _concerns(plot: str, study: Mapping[str, str]) -> bool:
-    """Whether a plot of the report is about a study: of a search, or of its kind of workload."""
-    if plot.startswith("optimization_"):
-        return study["mode"] == "optimize"
-    return plot.startswith("ffn_") == study["workload"].startswith("ffn_")
+def _is_of(subject: Subject, study: Mapping[str, str]) -> bool:
+    """Whether a plot of this subject belongs to a study: to the search it is of, or to a grid's workload."""
+    if study["mode"] == "optimize":
+        return subject.search == study["part"]
+    return study["workload"] in subject.workloads
 
 
-def _hang_curves(folder: Path, gallery: Gallery, study: str) -> None:
+def _attach_curves(folder: Path, gallery: Gallery, study: str) -> None:
     wanted = gallery.trials_without(study, CURVES)
     if not wanted:
         return
@@ -75,13 +77,13 @@ def _hang_curves(folder: Path, gallery: Gallery, study: str) -> None:
             run = samples[(samples["point_key"] == key) & samples["run_id"].isin(own["run_id"].tail(1))]
             if own.empty:
                 continue
-            plot = draw_trial(run, *_words(own.iloc[-1]), Path(scratch) / CURVES)
+            plot = draw_trial(run, *_title_and_caption(own.iloc[-1]), Path(scratch) / CURVES)
             if plot is not None:
                 gallery.hang(study, plot.path, number)
 
 
-def _words(row: pd.Series) -> tuple[str, str]:
-    """Title and caption of a run's picture."""
+def _title_and_caption(row: pd.Series) -> tuple[str, str]:
+    """Title and caption of a plot of one training."""
     size = row["preset"] if isinstance(row["preset"], str) else f"{row['d_model']}x{row['d_ffn']}"
     rule = f" {row['selection']}" if isinstance(row["selection"], str) else ""
     title = f"{row['method']}{rule}, {size}, sequences of {row['seq_len']}, seed {row['seed']}"
@@ -93,10 +95,10 @@ def serve(
 ) -> None:
     """Serve the dashboard of a sweep until interrupted; `port` 0 takes any free one.
 
-    Pictures are brought first (`hang_pictures`, which says what `folder` and `url` are). Raises UserError if
+    Plots are attached first (`attach_plots`, which says what `folder` and `url` are). Raises UserError if
     there is no study yet or the address cannot be listened on.
     """
-    gallery = hang_pictures(folder, sweep_name, url)
+    gallery = attach_plots(folder, sweep_name, url)
     app: _Application = wsgi(gallery.storage, artifact_store=gallery.store)
     try:
         server = make_server(host, port, guarded(app, host), _server_class(host), _QuietHandler)

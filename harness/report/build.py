@@ -6,8 +6,8 @@ nothing is ever compared across them.
 
 from __future__ import annotations
 
-import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,11 @@ import pandas as pd
 
 from harness.errors import UserError
 from harness.report import wording
-from harness.report.crossover import crossover_table, crossovers
+from harness.report.crossover import crossover_table
 from harness.report.findings import findings
 from harness.report.memory_formula import memory_formula
 from harness.report.plots.draw import draw_plots
-from harness.report.points import point_table
+from harness.report.plots.style import plot_subject
 from harness.report.present import failure_table, headline_for_people, memory_formula_table, workload_table
 from harness.report.render import (
     Block,
@@ -32,89 +32,113 @@ from harness.report.render import (
     to_html,
     to_markdown,
 )
-from harness.report.search.plots import PLOT_NAMES as _SEARCH_PLOTS
 from harness.report.search.section import Section, search_section, search_sentences, searched_parts, split
-from harness.report.summary import headline_table, summarise
+from harness.report.summary import headline_table
+from harness.report.tables import Tables, tables_of
+from harness.search.outcome import Search
+from harness.store.files import read_environments
 from harness.store.frames import read_rows, read_samples
 from harness.sweep.model import part_name
 
-_PLOT_NAMES = (
-    *("perplexity_vs_k", "throughput_vs_k", "memory_vs_k", "perplexity_memory_pareto"),
-    *("throughput_vs_seq_len", "loss_vs_tokens", "loss_gap_vs_tokens"),
-    *("ffn_step_time", "ffn_saved_bytes", "ffn_speedup", "batch_crossover"),
-    *_SEARCH_PLOTS,
+_MEMORY_NOTE = (
+    "Peak of the whole model as it should be: dense peak minus what each FFN layer does not keep,"
+    " times tokens and layers. The formula does not know transient memory at the peak."
 )
 
 
-def write_report(results_dir: Path, device_name: str | None = None) -> list[Path]:
-    """Write plots/*.png, report.md and report.html of a results folder; returns every file written.
+@dataclass(frozen=True)
+class DeviceResults:
+    """What a results folder holds of one device.
 
-    With `device_name` only that device's rows are reported, else every device gets a section. Plots of an
-    earlier report that the rows no longer support are removed. Raises UserError if there are no rows, or
-    none of that device.
+    `rows` are all current rows of the device, `searches` its searches, and `tables` are of the points that
+    belong to no search.
     """
-    rows = read_rows(results_dir)
-    devices = [str(name) for name in dict.fromkeys(rows["device_name"].fillna("unknown device"))]
-    if not devices:
-        raise UserError(f"{results_dir}: no rows to report; `mocbench run` writes them")
-    if device_name is not None:
-        if device_name not in devices:
-            raise UserError(f"{results_dir}: no rows of {device_name!r}; it has {', '.join(devices)}")
-        devices = [device_name]
-    rows = rows.assign(device_name=rows["device_name"].fillna("unknown device"))
-    samples = read_samples(results_dir)
-    environments = _environments(results_dir)
-    command = wording.without_paths(_read(results_dir / "command.txt").strip())
 
-    parts = searched_parts(results_dir)
-    blocks: list[Block] = [Heading(1, f"Sweep {rows['sweep'].iloc[0]}")]
+    name: str
+    rows: pd.DataFrame
+    searches: tuple[Search, ...]
+    tables: Tables
+
+
+@dataclass(frozen=True)
+class Results:
+    """A results folder as the report sees it, a `DeviceResults` per device.
+
+    `problem` is a sentence that says why the sweep file could not be used; empty if there is no problem.
+    """
+
+    folder: Path
+    devices: tuple[DeviceResults, ...]
+    problem: str = ""
+
+
+def read_results(folder: Path, device_name: str | None = None) -> Results:
+    """Read a results folder and compute its tables, with `device_name` those of that device alone.
+
+    Raises UserError if there are no rows, or none of that device.
+    """
+    rows = read_rows(folder)
+    rows = rows.assign(device_name=rows["device_name"].fillna("unknown device").astype(str))
+    names = list(dict.fromkeys(rows["device_name"]))
+    if not names:
+        raise UserError(f"{folder}: no rows to report; `mocbench run` writes them")
+    if device_name is not None:
+        if device_name not in names:
+            raise UserError(f"{folder}: no rows of {device_name!r}; it has {', '.join(names)}")
+        names = [device_name]
+    samples = read_samples(folder)
+    parts, problem = searched_parts(folder)
+    devices = []
+    for name in names:
+        own = rows[rows["device_name"] == name]
+        searches, rest = split(parts, own)
+        devices.append(DeviceResults(name, own, tuple(searches), tables_of(rest, samples)))
+    return Results(folder, tuple(devices), problem)
+
+
+def write_report(results: Results) -> list[Path]:
+    """Write plots/*.png, report.md and report.html into the results folder; returns every file written.
+
+    Every device has a section. Plots of an earlier report that the rows no longer support are removed.
+    """
+    folder, devices = results.folder, results.devices
+    environments = read_environments(folder)
+    command = wording.without_paths(_read(folder / "command.txt").strip())
+    blocks: list[Block] = [Heading(1, f"Sweep {devices[0].rows['sweep'].iloc[0]}")]
     if len(devices) > 1:
         blocks.append(Paragraph(f"{len(devices)} devices, a section each; numbers of two devices never mix."))
-    pictures: list[Path] = []
+    if results.problem:
+        blocks.append(Paragraph(results.problem))
     for device in devices:
-        own = rows[rows["device_name"] == device]
-        tail = "" if len(devices) == 1 else "-" + _slug(device)
-        records = [environments[key] for key in dict.fromkeys(own["env_id"].dropna()) if key in environments]
-        caption = _caption(own, records, command, device)
-        blocks.append(Heading(2, device))
-        searches, rest = split(parts, own)
-        for search in searches:
-            place = tail if len(searches) == 1 else f"-{_slug(part_name(search.part))}{tail}"
-            found = search_section(search, results_dir, caption, place)
-            blocks += _search_blocks(found)
-            pictures += [plot.path for plot in found.plots]
-        if not rest.empty:
-            section, paths = _grid_section(rest, samples, caption, results_dir / "plots", tail)
-            blocks += section
-            pictures += paths
+        tail = "" if len(devices) == 1 else "-" + _slug(device.name)
+        records = [
+            environments[key] for key in device.rows["env_id"].dropna().unique() if key in environments
+        ]
+        caption = _caption(device.rows, records, command, device.name)
+        blocks.append(Heading(2, device.name))
+        for search in device.searches:
+            place = tail if len(device.searches) == 1 else f"-{_slug(part_name(search.part))}{tail}"
+            blocks += _search_blocks(search_section(search, folder, caption, place))
+        blocks += _grid_blocks(device.tables, caption, folder / "plots", tail)
         if records:
             blocks += [Heading(3, "Environment"), Table(_environment_table(records))]
-    sweep_file = _read(results_dir / "sweep.yaml")
-    if sweep_file or command:
-        blocks.append(Heading(2, "How it was run"))
-    if command:
-        blocks.append(Code(command, "sh"))
-    if sweep_file:
-        blocks.append(Code(wording.without_paths(sweep_file.rstrip()), "yaml"))
-    _remove_stale(results_dir / "plots", pictures)
-    markdown, page = results_dir / "report.md", results_dir / "report.html"
-    markdown.write_text(to_markdown(blocks, results_dir), encoding="utf-8")
+    blocks += _how_it_was_run(command, _read(folder / "sweep.yaml"))
+    pictures = [block.path for block in blocks if isinstance(block, Picture)]
+    _remove_stale(folder / "plots", pictures)
+    markdown, page = folder / "report.md", folder / "report.html"
+    markdown.write_text(to_markdown(blocks, folder), encoding="utf-8")
     page.write_text(to_html(blocks), encoding="utf-8")
     return [*pictures, markdown, page]
 
 
-def conclusions(results_dir: Path) -> list[str]:
-    """What the rows of a results folder show: of its searches, and of all that belongs to none."""
-    rows, samples = read_rows(results_dir), read_samples(results_dir)
-    parts = searched_parts(results_dir)
-    said: list[str] = []
-    left = rows
-    for _, own in rows.groupby("device_name", sort=False, dropna=False) if parts else ():
-        for search in split(parts, own)[0]:
-            said += search_sentences(results_dir, search)
-            theirs = (left["device_name"] == own["device_name"].iloc[0]) & left["point_key"].isin(search.keys)
-            left = left[~theirs]
-    return said + findings(left, samples)
+def conclusions(results: Results) -> list[str]:
+    """What the rows show, device by device: of its searches, and of all points that belong to none."""
+    sentences = [results.problem] if results.problem else []
+    for device in results.devices:
+        prefix = f"{device.name}: " if len(results.devices) > 1 else ""
+        found = [item for search in device.searches for item in search_sentences(results.folder, search)]
+        sentences += [prefix + sentence for sentence in (*found, *findings(device.tables))]
+    return sentences
 
 
 def _search_blocks(section: Section) -> list[Block]:
@@ -127,50 +151,52 @@ def _search_blocks(section: Section) -> list[Block]:
     return blocks
 
 
-def _grid_section(
-    rows: pd.DataFrame, samples: pd.DataFrame, caption: str, folder: Path, tail: str
-) -> tuple[list[Block], list[Path]]:
-    points = point_table(rows, samples)
-    summary = summarise(points)
+def _grid_blocks(tables: Tables, caption: str, folder: Path, tail: str) -> list[Block]:
+    """Everything about the points of one device that belong to no search."""
     blocks: list[Block] = []
-    sentences = findings(rows, samples)
+    sentences = findings(tables)
     if sentences:
         blocks += [Heading(3, "What the numbers say"), Bullets(tuple(sentences))]
-    headline = headline_table(rows)
+    headline = headline_table(tables.summary)
     if not headline.empty:
         blocks += [Heading(3, "Headline"), Table(headline_for_people(headline))]
         blocks.append(Paragraph(_headline_note(headline)))
-    plots = draw_plots(rows, samples, caption, folder, tail)
+    plots = draw_plots(tables, caption, folder, tail)
     if plots:
         blocks.append(Heading(3, "Plots"))
         blocks += [Picture(plot.path, plot.title) for plot in plots]
-    for workload in dict.fromkeys(summary["workload"]) if not summary.empty else ():
-        blocks.append(Heading(3, f"All points of {workload}"))
-        blocks.append(Table(workload_table(summary[summary["workload"] == workload])))
-    crossed = crossovers(rows)
-    if not crossed.empty:
-        blocks += [Heading(3, "Up to which batch it decodes faster"), Table(crossover_table(crossed))]
-    checked = memory_formula(points)
+    for workload, lines in tables.summary.groupby("workload", sort=False):
+        blocks += [Heading(3, f"All points of {workload}"), Table(workload_table(lines))]
+    if not tables.crossovers.empty:
+        heading = Heading(3, "Up to which batch it decodes faster")
+        blocks += [heading, Table(crossover_table(tables.crossovers))]
+    checked = memory_formula(tables.points)
     if not checked.empty:
-        blocks.append(Heading(3, "Memory self-test"))
-        blocks.append(
-            Paragraph(
-                "Peak of the whole model as it should be: dense peak minus what each FFN layer does not keep,"
-                " times tokens and layers. The formula does not know transient memory at the peak."
-            )
-        )
-        blocks.append(Table(memory_formula_table(checked)))
-    failed = failure_table(points)
+        blocks += [
+            Heading(3, "Memory self-test"),
+            Paragraph(_MEMORY_NOTE),
+            Table(memory_formula_table(checked)),
+        ]
+    failed = failure_table(tables.points)
     if not failed.empty:
         blocks += [Heading(3, "Points without a result"), Table(failed)]
-    return blocks, [plot.path for plot in plots]
+    return blocks
+
+
+def _how_it_was_run(command: str, sweep_file: str) -> list[Block]:
+    blocks: list[Block] = [Heading(2, "How it was run")] if sweep_file or command else []
+    if command:
+        blocks.append(Code(command, "sh"))
+    if sweep_file:
+        blocks.append(Code(wording.without_paths(sweep_file.rstrip()), "yaml"))
+    return blocks
 
 
 def _headline_note(headline: pd.DataFrame) -> str:
     paired = wording.by_pairing(
         headline["paired"],
-        every="Speed ratios are paired: rivals took turns in one process.",
-        some="Speed ratios are paired, since rivals took turns in one process, except those marked unpaired:"
+        every="Speed ratios are paired: the methods took turns in one process.",
+        some="Speed ratios are paired (the methods took turns in one process), except those marked unpaired:"
         " the fastest dense method was measured later, and they are quotients of two runs' speeds.",
         none="Speed ratios are unpaired: each method ran in a process of its own.",
     )
@@ -190,14 +216,8 @@ def _caption(rows: pd.DataFrame, records: list[dict[str, Any]], command: str, de
     return " · ".join(part for part in (device, when, torch, command) if part)
 
 
-def _environments(results_dir: Path) -> dict[str, dict[str, Any]]:
-    lines = _read(results_dir / "environments.jsonl").splitlines()
-    records = [json.loads(line) for line in lines if line.strip()]
-    return {str(record["env_id"]): record for record in records}
-
-
 def _environment_table(records: list[dict[str, Any]]) -> pd.DataFrame:
-    """A line per property, a column per environment; what is the same everywhere is said once."""
+    """A row per property and a column per environment; a value that all share is in the first one alone."""
     names = list(dict.fromkeys(name for record in records for name in record))
     same = [name for name in names if len({str(record.get(name)) for record in records}) == 1]
     lines = []
@@ -221,7 +241,7 @@ def _slug(name: str) -> str:
 
 
 def _remove_stale(folder: Path, written: list[Path]) -> None:
-    """Remove plots this module once wrote and the rows no longer support; other files stay."""
+    """Remove the plots of an earlier report that this one does not have; other pictures stay."""
     for path in folder.glob("*.png"):
-        if path.stem.partition("-")[0] in _PLOT_NAMES and path not in written:
+        if path not in written and plot_subject(path) is not None:
             path.unlink()

@@ -13,44 +13,46 @@ from typing import Any
 import pandas as pd
 
 from harness.report import wording
-from harness.report.points import point_table
-from harness.report.summary import in_order, summarise
 from harness.sweep.catalog import workloads_where
 
 # Lines that differ in the batch alone; a prompt's length is one of a whole model only.
 _SERIES = (
-    *("device_name", "workload", "preset", "d_model", "d_ffn", "n_layers", "seq_len", "dtype"),
-    *("method", "selection"),
+    "device_name",
+    "workload",
+    "preset",
+    "d_model",
+    "d_ffn",
+    "n_layers",
+    "seq_len",
+    "dtype",
+    "method",
+    "selection",
 )
 
 
-def crossovers(rows: pd.DataFrame) -> pd.DataFrame:
+def crossovers(lines: pd.DataFrame) -> pd.DataFrame:
     """One line per device, shape, sparse method and selection that was decoded at several batches.
 
-    `rows` are as `harness.store.frames.read_rows` gives them. Columns beside those that name the line:
+    `lines` are as `decoded` gives them. Columns beside those that name the line:
     `smallest` and `largest` batch measured, `x_smallest` and `x_largest` (speed against the fastest dense
     method there),
     `wins_to` (the largest batch up to which it wins at every measured one, NaN if it loses at the smallest)
     and `crossing` (the batch, between measured ones, at which the ratio first falls to 1.0, NaN if it does
     not). It wins at a batch where its ratio is above one with its whole interval.
     """
-    summary = decoded(rows)
-    lines = [_line(series.sort_values("batch")) for _, series in summary.groupby(list(_SERIES), sort=False)]
+    found = [_line(series.sort_values("batch")) for _, series in lines.groupby(list(_SERIES), sort=False)]
     names = [*_SERIES, "family", "k_frac", "smallest", "largest", "x_smallest", "x_largest"]
-    return pd.DataFrame([line for line in lines if line], columns=[*names, "wins_to", "crossing"])
+    return pd.DataFrame([line for line in found if line], columns=[*names, "wins_to", "crossing"])
 
 
-def decoded(rows: pd.DataFrame) -> pd.DataFrame:
-    """The lines of `harness.report.summary.summarise` that compare a sparse method's decoding with dense."""
-    summary = summarise(point_table(rows)) if not rows.empty else pd.DataFrame()
-    if summary.empty:
-        return summary.reindex(columns=[*_SERIES, "batch", "cell", "family", "k_frac", "x_best_dense"])
+def decoded(summary: pd.DataFrame) -> pd.DataFrame:
+    """The lines of a summary that compare the decoding speed of a sparse method with dense."""
     sparse = (
         summary["workload"].isin(workloads_where(decodes=True))
         & (summary["family"] != "")
         & ~summary["is_dense"]
     )
-    return in_order(summary[sparse & summary["x_best_dense"].notna() & ~summary["misaligned"]])
+    return summary[sparse & summary["x_best_dense"].notna() & ~summary["misaligned"]]
 
 
 def _line(series: pd.DataFrame) -> dict[str, Any]:
@@ -111,7 +113,7 @@ def crossover_table(found: pd.DataFrame) -> pd.DataFrame:
 
 
 def _wins(line: pd.Series) -> str:
-    if line["wins_to"] != line["wins_to"]:
+    if math.isnan(line["wins_to"]):
         return "none"
     every = line["wins_to"] == line["largest"]
     return f"{line['wins_to']:.0f}" + (" (all measured)" if every else "")

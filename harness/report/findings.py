@@ -1,17 +1,19 @@
-"""Sentences that say what the numbers mean, and only what they can carry.
+"""Sentences that say what the numbers mean, and nothing that the numbers do not support.
 
-Every claim names what it is measured against; every hedge that applies is said: how many seeds, how many
-tokens per parameter, whether a ratio is paired, whether the device is a CPU.
+Every claim names what it is compared with, and states every limitation that applies: how many seeds, how
+many tokens per parameter, whether a ratio is paired, whether the device is a CPU.
 """
 
 from __future__ import annotations
+
+import math
 
 import pandas as pd
 
 from harness.measure.environment import CPU_PREFIX
 from harness.report import wording
-from harness.report.points import point_table
-from harness.report.summary import SEEDS_FOR_INTERVAL, failures, gaps_hold_zero, lead_lines, summarise
+from harness.report.summary import SEEDS_FOR_INTERVAL, failures, gaps_hold_zero, lead_lines
+from harness.report.tables import Tables
 
 # Below this a training run is too short to rank methods by quality (about 20 is compute-optimal).
 SHORT_RUN_TOKENS_PER_PARAMETER = 20
@@ -19,28 +21,15 @@ SHORT_RUN_TOKENS_PER_PARAMETER = 20
 NOISY_RATIO = 0.1
 
 
-def findings(rows: pd.DataFrame, samples: pd.DataFrame | None = None) -> list[str]:
-    """What the rows of a sweep show, one sentence or two per item; devices are never mixed.
+def findings(tables: Tables) -> list[str]:
+    """What the tables of one device show, one sentence or two per item.
 
-    `rows` are the current rows of a sweep (`harness.store.frames.read_rows`). Misaligned shapes and failed
-    points support no sentence except the one that counts them. Empty rows give an empty list. With the raw
-    `samples` the loss gap is paired over the windows of the validation text.
+    Misaligned shapes and failed points support no sentence except the one that counts them. Empty tables
+    give an empty list.
     """
+    points, summary = tables.points, tables.summary
     sentences: list[str] = []
-    if rows.empty:
-        return sentences
-    points = point_table(rows, samples)
-    devices = list(dict.fromkeys(points["device_name"]))
-    for device in devices:
-        prefix = f"{device}: " if len(devices) > 1 else ""
-        sentences += [prefix + sentence for sentence in _of_device(points[points["device_name"] == device])]
-    return sentences
-
-
-def _of_device(points: pd.DataFrame) -> list[str]:
-    summary = summarise(points)
-    sentences: list[str] = []
-    for workload in dict.fromkeys(summary["workload"]) if not summary.empty else []:
+    for workload in dict.fromkeys(summary["workload"]):
         part = summary[summary["workload"] == workload]
         lead = lead_lines(part)
         compared = lead[lead["baseline"] != ""]
@@ -99,7 +88,7 @@ def speed_sentence(lead: pd.DataFrame, part: pd.DataFrame) -> str:
     verbs = {"pretrain": "trains", "ffn_train": "runs one FFN training step", "generate": "generates"}
     verb = verbs.get(line["workload"], "runs")
     interval = ""
-    if len(lead) == 1 and line["x_best_dense_ci_low"] == line["x_best_dense_ci_low"]:
+    if len(lead) == 1 and not math.isnan(line["x_best_dense_ci_low"]):
         ends = (line["x_best_dense_ci_low"], line["x_best_dense_ci_high"])
         interval = f", 95 % interval {ends[0]:.3g} to {ends[1]:.3g}"
     how = wording.by_pairing(
@@ -110,12 +99,10 @@ def speed_sentence(lead: pd.DataFrame, part: pd.DataFrame) -> str:
     )
     figures = ""
     if len(lead) == 1:
-        rival = part[(part["cell"] == line["cell"]) & (part["method"] == line["baseline"])].iloc[0]
-        figures = (
-            f"{wording.number(line['speed'])} against {wording.number(rival['speed'])} tokens/s, "
-            if line["speed"] == line["speed"]
-            else ""
-        )
+        dense = part[(part["cell"] == line["cell"]) & (part["method"] == line["baseline"])].iloc[0]
+        if not math.isnan(line["speed"]):
+            speeds = (wording.number(line["speed"]), wording.number(dense["speed"]))
+            figures = f"{speeds[0]} against {speeds[1]} tokens/s, "
     sentence = (
         f"{name_of(line)} {verb} at {wording.span(lead['x_best_dense'], wording.ratio)} the speed of the"
         f" fastest dense method of the same run ({names}; {figures}{how}{interval}) in {where(lead)}."
@@ -155,20 +142,22 @@ def memory_sentence(lead: pd.DataFrame) -> str:
     clauses = []
     if not peak.empty:
         subject = f"Its {wording.peak_name(peak['peak_metric'].iloc[0])} is"
-        clauses.append(f"{subject} {_against(peak, 'memory_change', _rival(peak, 'leanest'), 'leanest')}")
+        clauses.append(
+            f"{subject} {_against(peak, 'memory_change', _dense_methods(peak, 'leanest'), 'leanest')}"
+        )
     if not saved.empty:
         kept = wording.span(saved["saved_activation_bytes_per_token"], lambda value: f"{value:,.0f}")
-        rival = _rival(saved, "saved_leanest")
-        if clauses and rival == _rival(peak, "leanest"):
-            rival = "the same method"
+        dense = _dense_methods(saved, "saved_leanest")
+        if clauses and dense == _dense_methods(peak, "leanest"):
+            dense = "the same method"
         subject = f"{'one' if clauses else 'One'} FFN layer keeps {kept} bytes a token for backward"
-        clauses.append(f"{subject}, {_against(saved, 'saved_change', rival, 'saved_leanest')}")
+        clauses.append(f"{subject}, {_against(saved, 'saved_change', dense, 'saved_leanest')}")
     return "; ".join(clauses) + "." if clauses else ""
 
 
-def _against(lead: pd.DataFrame, change: str, rival: str, who: str) -> str:
+def _against(lead: pd.DataFrame, change: str, dense: str, who: str) -> str:
     """`20 % above dense_recompute, the leanest ..., and 70 % below dense_compiled, the fastest`."""
-    clause = f"{wording.change(lead[change])} {rival}"
+    clause = f"{wording.change(lead[change])} {dense}"
     fastest = lead[f"{change}_fastest"]
     if (lead[who] != lead["baseline"]).any() and fastest.notna().any():
         names = wording.listing(list(dict.fromkeys(lead["baseline"])))
@@ -176,7 +165,8 @@ def _against(lead: pd.DataFrame, change: str, rival: str, who: str) -> str:
     return clause
 
 
-def _rival(lead: pd.DataFrame, who: str) -> str:
+def _dense_methods(lead: pd.DataFrame, who: str) -> str:
+    """The methods in the column `who`, and what they are among the dense methods."""
     names = wording.listing(list(dict.fromkeys(lead[who])))
     if lead["dense_as_fast"].all():
         return f"{names}, the leanest dense method of equal or better speed"
@@ -197,7 +187,7 @@ def quality_sentence(lead: pd.DataFrame) -> str:
     if len(known) == 1:
         figures = f"{wording.number(line['perplexity'], 4)}, "
         half = (line["loss_gap_ci_high"] - line["loss_gap_ci_low"]) / 2
-        doubt = f" ± {half:.3f}" if half == half else ""
+        doubt = "" if math.isnan(half) else f" ± {half:.3f}"
     else:
         figures, doubt = "", ""
         halves = (known["loss_gap_ci_high"] - known["loss_gap_ci_low"]) / 2
@@ -232,7 +222,7 @@ def _hedges(lead: pd.DataFrame, part: pd.DataFrame) -> list[str]:
     if ratio.notna().any() and ratio.max() < SHORT_RUN_TOKENS_PER_PARAMETER:
         hedges.append(
             f"the runs saw {wording.span(ratio, lambda value: wording.number(value, 2))} tokens per"
-            " parameter, and runs this short flatter sparsity: the order of methods changes with the budget,"
+            " parameter, and runs this short favour sparsity: the order of methods changes with the budget,"
             " so read the trend over tokens and claim nothing about full training"
         )
     joined = "; ".join(hedges)
@@ -251,7 +241,7 @@ def _left_out(points: pd.DataFrame) -> list[str]:
         shapes = wording.listing(sorted({wording.cell_label(line) for _, line in off.iterrows()}))
         sentences.append(
             f"Misaligned shapes ({shapes}: a width that is not a multiple of 8) are in the tables and in no "
-            "headline: dense GEMMs leave their fast path there, which flatters every rival."
+            "headline: dense GEMMs leave their fast path there, which favours every other method."
         )
     unstable = points[points["status"] == "unstable"]
     if not unstable.empty:

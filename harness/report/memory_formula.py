@@ -1,8 +1,8 @@
 """The self-test of memory numbers: does the whole model save what its layers say they do not keep?
 
 peak(method) = peak(dense) - (dense bytes - method bytes per token and layer) * tokens * layers. Both peaks
-and both counts of saved bytes are measured, so the error says how far they agree; what they cannot agree on
-is transient memory that stands at the peak.
+and both counts of saved bytes are measured, so the error says how well they agree. The formula does not
+include memory that is transient at the peak.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from harness.measure.memory import formula_error, predicted_peak
 
 
 def memory_formula(points: pd.DataFrame) -> pd.DataFrame:
-    """One line per setting, sparse rule and dense rival of `pretrain` with both numbers known.
+    """One line per setting, sparse rule and dense baseline of `pretrain` with both numbers known.
 
     `points` is `harness.report.points.point_table` of a sweep. Columns: preset, seq_len, method, selection,
     against, measured_bytes and predicted_bytes, means over the seeds, and error (predicted over measured,
@@ -30,10 +30,10 @@ def memory_formula(points: pd.DataFrame) -> pd.DataFrame:
     for _, group in known.groupby(["cell", "seed"], sort=False):
         dense = group[group["is_dense"]]
         for _, point in group[~group["is_dense"]].iterrows():
-            rivals = dense[dense["method"] == point["baseline"]]
-            if rivals.empty:
+            baselines = dense[dense["method"] == point["baseline"]]
+            if baselines.empty:
                 continue
-            base = rivals.iloc[0]
+            base = baselines.iloc[0]
             predicted = predicted_peak(
                 float(base["peak_allocated_bytes"]),
                 float(base["saved_activation_bytes_per_token"]),

@@ -16,8 +16,8 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
-from harness.store.files import MEASURED
 from harness.store.frames import wide
+from harness.store.rows import MEASURED
 from harness.sweep.catalog import ALIGNMENT, FIELDS
 from harness.sweep.metrics import METRICS
 from moc.methods import METHODS
@@ -27,11 +27,19 @@ CELL: tuple[str, ...] = ("device_name", *(field.name for field in FIELDS if fiel
 _NUMBERS = tuple(field.name for field in FIELDS if field.type is not str)
 _WORDS = (*(field.name for field in FIELDS if field.type is str), "detail")
 _NUMERIC_COMPARISONS = (
-    *("x_best_dense", "x_best_dense_ci_low", "x_best_dense_ci_high", "memory_change", "saved_change"),
-    *("memory_change_fastest", "saved_change_fastest"),
-    *("loss_gap", "loss_gap_ci_low", "loss_gap_ci_high", "perplexity_change"),
+    "x_best_dense",
+    "x_best_dense_ci_low",
+    "x_best_dense_ci_high",
+    "memory_change",
+    "saved_change",
+    "memory_change_fastest",
+    "saved_change_fastest",
+    "loss_gap",
+    "loss_gap_ci_low",
+    "loss_gap_ci_high",
+    "perplexity_change",
 )
-_RIVALS = ("baseline", "leanest", "saved_leanest")
+_METHODS_COMPARED = ("baseline", "leanest", "saved_leanest")
 
 
 def is_dense(method: str, selection: object) -> bool:
@@ -52,35 +60,53 @@ def family(selection: object) -> str:
 
 
 def point_table(rows: pd.DataFrame, samples: pd.DataFrame | None = None) -> pd.DataFrame:
-    """One line per point with plain float metrics, what is derived from its shape, and its comparisons.
+    """One line per point: what it is, its metrics as plain floats, and how it compares with dense methods.
 
-    `rows` are the current rows of a sweep as `harness.store.frames.read_rows` gives them. Every metric of
-    `harness.sweep.metrics` and its interval has a column, NaN where not measured. Added besides: `cell` (an
-    id),
-    `family`, `k_pct`, `is_dense`, `misaligned`, `measured`, `speed` (tokens/s), `peak_bytes` with
-    `peak_metric`, and per measured point `x_best_dense` (with interval) against `baseline`, `paired` if
-    measured as such and else the quotient of two speeds, `unpaired` if that is so although the point has a
-    paired ratio, to a dense method that a faster one has joined since; `memory_change` against `leanest` and
-    `saved_change` against `saved_leanest` (fractions; the fastest dense stands in where `dense_as_fast` is
-    false; `..._fastest` are against it always), `loss_gap` (nats) and `perplexity_change` (%).
+    `rows` are the current rows of a sweep as `harness.store.frames.read_rows` gives them, `samples` its raw
+    samples. Every metric of `harness.sweep.metrics` and both ends of its interval have a column, NaN where
+    not measured. Besides the columns that say what the point is, these are added:
 
-    With the raw `samples` of the sweep (`harness.store.frames.read_samples`) the interval of `loss_gap` is
-    that of the differences window by window of the same validation text, and `gap_paired` is true; without
-    them it takes the two losses as independent, which makes it several times wider.
+    =====================  ====================================================================
+    cell                   id that points share if they can be compared
+    family                 rule without its size (`family`)
+    k_pct                  K in percent of d_ffn
+    is_dense               exact dense FFN, which may be the baseline
+    misaligned             a width is not a multiple of 8
+    measured               the point has a usable measurement
+    speed                  tokens/s
+    peak_bytes             peak memory; `peak_metric` is the metric it comes from
+    baseline               fastest dense method of the cell and seed
+    x_best_dense           speed over that of `baseline`, with its interval
+    paired                 that ratio was measured with both methods in one process
+    unpaired               the point has a paired ratio, but to a method that is not `baseline`
+    leanest                dense method with the least peak memory of those at least as fast
+    memory_change          peak memory over that of `leanest`, minus one
+    saved_leanest          the same method for saved bytes
+    saved_change           saved bytes over those of `saved_leanest`, minus one
+    dense_as_fast          some dense method is as fast; else `baseline` is `leanest`
+    memory_change_fastest  peak memory over that of `baseline`, minus one
+    saved_change_fastest   saved bytes over those of `baseline`, minus one
+    loss_gap               validation loss minus that of `baseline` (nats), with its interval
+    gap_paired             that interval is paired over the windows of the validation text
+    perplexity_change      perplexity against that of `baseline` (%)
+    =====================  ====================================================================
+
+    The interval of `loss_gap` needs `samples` to be paired; without them the two losses count as
+    independent, which makes it several times wider.
     """
     points = wide(rows)
     metrics = [f"{metric}{end}" for metric in METRICS for end in ("", "_ci_low", "_ci_high")]
     words = ("device_name", "status", "point_key", "started_at", *_WORDS)
     points = points.reindex(columns=[*words, *_NUMBERS, *metrics])
-    said = points[list(words)].astype(object).where(points[list(words)].notna(), "")
-    said["device_name"] = said["device_name"].replace("", "unknown device")
+    texts = points[list(words)].astype(object).where(points[list(words)].notna(), "")
+    texts["device_name"] = texts["device_name"].replace("", "unknown device")
     # Training runs are not timed in a launch mode of one's choice, so there it is no condition.
-    said["timing_mode"] = said["timing_mode"].where(said["workload"] != "pretrain", "")
+    texts["timing_mode"] = texts["timing_mode"].where(texts["workload"] != "pretrain", "")
     # One block of plain floats: nullable ones would give every comparison a third value.
     names = [*_NUMBERS, *metrics]
     numbers = points[names].apply(pd.to_numeric, errors="coerce").astype("Float64")
     values = numbers.to_numpy(dtype="float64", na_value=math.nan)
-    points = said.join(pd.DataFrame(values, columns=names, index=points.index))
+    points = texts.join(pd.DataFrame(values, columns=names, index=points.index))
     return _with_comparisons(_with_derived(points, rows), _window_losses(rows, samples))
 
 
@@ -142,21 +168,6 @@ def _paired_over(points: pd.DataFrame, rows: pd.DataFrame) -> list[str]:
     return [over.get(where, "") for where in zip(points["device_name"], points["point_key"], strict=True)]
 
 
-def best_dense(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """The best dense method of every cell and seed by one metric of `harness.sweep.metrics.METRICS`.
-
-    Returns the lines of `point_table(rows)` that won, at most one per cell and seed; cells without a
-    measured dense method have none. Raises ValueError if the metric has no better direction.
-    """
-    higher = METRICS[metric].higher_is_better
-    if higher is None:
-        raise ValueError(f"metric {metric!r} has no better direction, so no method is best by it")
-    points = point_table(rows)
-    candidates = points[points["is_dense"] & points["measured"] & points[metric].notna()]
-    ordered = candidates.sort_values(metric, ascending=not higher, kind="stable")
-    return ordered.drop_duplicates(["cell", "seed"]).sort_index()
-
-
 def _with_comparisons(points: pd.DataFrame, windows: dict[str, NDArray[np.float64]]) -> pd.DataFrame:
     records: list[dict[str, Any]] = [
         {str(k): v for k, v in line.items()} for line in points.to_dict("records")
@@ -173,10 +184,10 @@ def _with_comparisons(points: pd.DataFrame, windows: dict[str, NDArray[np.float6
             for point in group:
                 found[id(point)] = _compare(point, baseline, dense or [baseline])
                 found[id(point)].update(_paired_gap(point, baseline, windows))
-    nothing = {**dict.fromkeys(_NUMERIC_COMPARISONS, math.nan), **dict.fromkeys(_RIVALS, "")}
+    nothing = {**dict.fromkeys(_NUMERIC_COMPARISONS, math.nan), **dict.fromkeys(_METHODS_COMPARED, "")}
     flags = dict.fromkeys(("dense_as_fast", "gap_paired", "paired", "unpaired"), False)
     lines = [{**nothing, **flags, **found.get(id(point), {})} for point in records]
-    columns = [*_NUMERIC_COMPARISONS, *_RIVALS, *flags]
+    columns = [*_NUMERIC_COMPARISONS, *_METHODS_COMPARED, *flags]
     return points.join(pd.DataFrame(lines, columns=columns, index=points.index))
 
 
@@ -187,14 +198,14 @@ def _fastest(group: list[dict[str, Any]], dense: list[dict[str, Any]]) -> dict[s
     dense method was added later, each run has such a point, and the fastest of them counts.
     """
     references = [point for point in group if point["speedup_vs_best_dense"] == 1.0]
-    timed = [point for point in references or dense if point["speed"] == point["speed"]]
+    timed = [point for point in references or dense if not math.isnan(point["speed"])]
     if len(references) == 1:
         return references[0]
     return max(timed, key=lambda point: point["speed"]) if timed else dense[0] if dense else None
 
 
 def _compare(point: dict[str, Any], baseline: dict[str, Any], dense: list[dict[str, Any]]) -> dict[str, Any]:
-    measured = point["speedup_vs_best_dense"] == point["speedup_vs_best_dense"]
+    measured = not math.isnan(point["speedup_vs_best_dense"])
     paired = measured and point["paired_over"] in ("", baseline["method"])
     found: dict[str, Any] = {"baseline": baseline["method"], "paired": paired}
     found["unpaired"] = measured and not paired  # the ratio it has is to a baseline of an earlier run
@@ -207,15 +218,15 @@ def _compare(point: dict[str, Any], baseline: dict[str, Any], dense: list[dict[s
             low = high = math.nan  # a method against itself has no interval
     found.update(x_best_dense=ratio, x_best_dense_ci_low=low, x_best_dense_ci_high=high)
 
-    as_fast = [rival for rival in dense if rival["speed"] >= point["speed"]]
+    as_fast = [other for other in dense if other["speed"] >= point["speed"]]
     found["dense_as_fast"] = bool(as_fast)
     for metric, change, who in (
         ("peak_bytes", "memory_change", "leanest"),
         ("saved_activation_bytes_per_token", "saved_change", "saved_leanest"),
     ):
-        rivals = [rival for rival in as_fast or [baseline] if rival[metric] > 0]
-        if rivals:
-            leanest = min(rivals, key=lambda rival: rival[metric])
+        known = [other for other in as_fast or [baseline] if other[metric] > 0]
+        if known:
+            leanest = min(known, key=lambda other: other[metric])
             found[change] = point[metric] / leanest[metric] - 1
             found[who] = leanest["method"]
         if baseline[metric] > 0:
@@ -251,7 +262,7 @@ def _speed_factors(point: dict[str, Any]) -> tuple[float, float]:
     """Logarithms of speed over the low end of its interval, and of the high end over speed."""
     for metric in ("tokens_per_s", "step_ms", "latency_us"):
         value, low, high = (point[f"{metric}{end}"] for end in ("", "_ci_low", "_ci_high"))
-        if value == value:
+        if not math.isnan(value):
             if not low > 0:
                 return math.nan, math.nan
             down, up = math.log(value / low), math.log(high / value)
@@ -264,9 +275,3 @@ def _ratio_interval(
 ) -> tuple[float, float]:
     """Interval of a quotient of two independent speeds: their errors add in squares, as factors."""
     return ratio * math.exp(-math.hypot(over[0], under[1])), ratio * math.exp(math.hypot(over[1], under[0]))
-
-
-def spread(values: Sequence[float] | pd.Series) -> tuple[float, float] | None:
-    """Smallest and largest finite value, or None if there is none."""
-    finite = [float(value) for value in values if value == value]
-    return (min(finite), max(finite)) if finite else None

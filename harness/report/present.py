@@ -4,6 +4,7 @@ names.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pandas as pd
@@ -57,15 +58,7 @@ def _value(name: str, form: Callable[[float], str]) -> _Cell:
 
 
 def _with_interval(name: str, form: Callable[[float], str]) -> _Cell:
-    """`12.3 (12.1-12.6)`, or just the value where no interval was measured."""
-
-    def cell(line: pd.Series) -> str:
-        low, high = line[f"{name}_ci_low"], line[f"{name}_ci_high"]
-        if line[name] != line[name] or low != low:
-            return form(line[name])
-        return f"{form(line[name])} ({form(low)}{wording.DASH}{form(high)})"
-
-    return cell
+    return lambda line: wording.with_interval(line, name, form)
 
 
 def _digits(count: int) -> Callable[[float], str]:
@@ -73,7 +66,11 @@ def _digits(count: int) -> Callable[[float], str]:
 
 
 def _whole(value: float) -> str:
-    return wording.DASH if value != value else f"{value:,.0f}"
+    return wording.DASH if math.isnan(value) else f"{value:,.0f}"
+
+
+def _exponent(value: float) -> str:
+    return wording.DASH if math.isnan(value) else f"{value:.1e}"
 
 
 def _signed(places: int) -> Callable[[float], str]:
@@ -83,8 +80,20 @@ def _signed(places: int) -> Callable[[float], str]:
 def headline_for_people(headline: pd.DataFrame) -> pd.DataFrame:
     """`harness.report.summary.headline_table` as text; columns that say nothing are left out."""
     names = (
-        *("preset", "seq_len", "tokens", "batch", "dtype", "timing_mode", "train_tokens", "vocab_size", "lr"),
-        *("data_id", "method", "selection", "k_pct", "seeds"),
+        "preset",
+        "seq_len",
+        "tokens",
+        "batch",
+        "dtype",
+        "timing_mode",
+        "train_tokens",
+        "vocab_size",
+        "lr",
+        "data_id",
+        "method",
+        "selection",
+        "k_pct",
+        "seeds",
     )
     columns = _keys(headline, names)
     columns |= {
@@ -105,8 +114,21 @@ def workload_table(summary: pd.DataFrame) -> pd.DataFrame:
     flagged.
     """
     names = (
-        *("preset", "shape", "seq_len", "batch", "tokens", "dtype", "timing_mode", "train_tokens"),
-        *("vocab_size", "lr", "data_id", "method", "selection", "k_pct", "seeds"),
+        "preset",
+        "shape",
+        "seq_len",
+        "batch",
+        "tokens",
+        "dtype",
+        "timing_mode",
+        "train_tokens",
+        "vocab_size",
+        "lr",
+        "data_id",
+        "method",
+        "selection",
+        "k_pct",
+        "seeds",
     )
     columns = _keys(summary, names)
     columns |= {
@@ -129,8 +151,8 @@ def workload_table(summary: pd.DataFrame) -> pd.DataFrame:
         "untrained perplexity": _value("untrained_perplexity", _digits(4)),
         "tokens/parameter": _value("tokens_per_parameter", _digits(2)),
         "% of roofline": _value("pct_of_roofline", _digits(3)),
-        "max rel. error": _value("max_rel_err", lambda v: wording.DASH if v != v else f"{v:.1e}"),
-        "logits error": _value("logits_rel_err", lambda v: wording.DASH if v != v else f"{v:.1e}"),
+        "max rel. error": _value("max_rel_err", _exponent),
+        "logits error": _value("logits_rel_err", _exponent),
         "overflow": _value("overflow_fraction", lambda v: wording.percent(100 * v)),
         "compile s": _value("compile_s", _digits(2)),
         "note": _note,

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import base64
-import html
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
+from jinja2 import Environment, StrictUndefined, Template
 
 from harness.report import wording
 
@@ -60,76 +59,115 @@ Block = Heading | Paragraph | Bullets | Table | Picture | Code
 
 def to_markdown(blocks: list[Block], folder: Path) -> str:
     """The blocks as Markdown; pictures are linked relative to `folder`."""
-    parts = []
-    for block in blocks:
-        match block:
-            case Heading(level, words):
-                parts.append(f"{'#' * level} {_no_markup(words)}")
-            case Paragraph(words):
-                parts.append(_no_markup(words))
-            case Bullets(items):
-                parts.append("\n".join(f"- {_no_markup(item)}" for item in items))
-            case Table(frame):
-                parts.append(_markdown_table(frame))
-            case Picture(path, alt):
-                parts.append(f"![{_no_markup(alt)}]({path.relative_to(folder).as_posix()})")
-            case Code(words, language):
-                parts.append(f"```{language}\n{words}\n```")
-    return "\n\n".join(parts) + "\n"
-
-
-def _no_markup(words: str) -> str:
-    """Text whose angle brackets a Markdown viewer does not take for HTML."""
-    return words.replace("&", "&amp;").replace("<", "&lt;")
-
-
-def _markdown_table(frame: pd.DataFrame) -> str:
-    def line(cells: list[str]) -> str:
-        plain = [_no_markup(cell).replace("|", "\\|").replace("\n", " ") for cell in cells]
-        return f"| {' | '.join(plain)} |"
-
-    words = _word_columns(frame)
-    rule = [":--" if is_words else "--:" for is_words in words]
-    body = [line([str(value) for value in row]) for row in frame.itertuples(index=False)]
-    return "\n".join([line([str(name) for name in frame.columns]), "|" + "|".join(rule) + "|", *body])
-
-
-def _word_columns(frame: pd.DataFrame) -> list[bool]:
-    """Which columns are words, set to the left; numbers go to the right."""
-    number = re.compile(rf"[+{wording.MINUS}-]?[\d,.]|{wording.DASH}$")
-    return [not all(number.match(str(v)) or v == "" for v in frame.iloc[:, i]) for i in range(frame.shape[1])]
+    return _MARKDOWN.render(blocks=blocks, folder=folder, word_columns=_word_columns)
 
 
 def to_html(blocks: list[Block]) -> str:
     """The blocks as one HTML page that loads nothing: pictures are inside it, every text is escaped."""
-    parts = []
     title = next((block.text for block in blocks if isinstance(block, Heading)), "Report")
-    for block in blocks:
-        match block:
-            case Heading(level, words):
-                parts.append(f"<h{level}>{html.escape(words)}</h{level}>")
-            case Paragraph(words):
-                parts.append(f"<p>{html.escape(words)}</p>")
-            case Bullets(items):
-                parts.append("<ul>" + "".join(f"<li>{html.escape(item)}</li>" for item in items) + "</ul>")
-            case Table(frame):
-                parts.append(_html_table(frame))
-            case Picture(path, alt):
-                data = base64.b64encode(path.read_bytes()).decode()
-                parts.append(f'<p><img alt="{html.escape(alt)}" src="data:image/png;base64,{data}"></p>')
-            case Code(words, _):
-                parts.append(f"<pre>{html.escape(words)}</pre>")
-    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style>'
-    body = "\n".join(parts)
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n{body}\n</body></html>\n'
+    return _HTML.render(blocks=blocks, title=title, style=_STYLE, word_columns=_word_columns)
 
 
-def _html_table(frame: pd.DataFrame) -> str:
-    kinds = [' class="t"' if is_words else "" for is_words in _word_columns(frame)]
+def _word_columns(frame: pd.DataFrame) -> list[bool]:
+    """Which columns hold words, aligned to the left; columns of numbers are aligned to the right."""
+    number = rf"[+{wording.MINUS}-]?[\d,.].*|{wording.DASH}|"
+    columns = (frame.iloc[:, at].astype(str) for at in range(frame.shape[1]))
+    return [not column.str.fullmatch(number, flags=re.DOTALL).all() for column in columns]
 
-    def line(tag: str, cells: list[Any]) -> str:
-        inner = "".join(f"<{tag}{k}>{html.escape(str(c))}</{tag}>" for k, c in zip(kinds, cells, strict=True))
-        return f"<tr>{inner}</tr>"
 
-    body = "".join(line("td", list(row)) for row in frame.itertuples(index=False))
-    return f"<table><thead>{line('th', list(frame.columns))}</thead><tbody>{body}</tbody></table>"
+def _no_markup(words: object) -> str:
+    """Text whose angle brackets a Markdown viewer does not take for HTML."""
+    return str(words).replace("&", "&amp;").replace("<", "&lt;")
+
+
+def _markdown_cell(words: object) -> str:
+    return _no_markup(words).replace("|", "\\|").replace("\n", " ")
+
+
+def _png_data(path: Path) -> str:
+    return base64.b64encode(path.read_bytes()).decode()
+
+
+def _kind(block: Block) -> str:
+    return type(block).__name__
+
+
+def _template(text: str, *, escape: bool) -> Template:
+    environment = Environment(
+        autoescape=escape, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+    )
+    filters = (_no_markup, _markdown_cell, _png_data, _kind)
+    environment.filters.update({function.__name__.lstrip("_"): function for function in filters})
+    return environment.from_string(text)
+
+
+_MARKDOWN = _template(
+    """\
+{% for block in blocks %}
+{% set kind = block | kind %}
+{% if kind == "Heading" %}
+{{ "#" * block.level }} {{ block.text | no_markup }}
+{% elif kind == "Paragraph" %}
+{{ block.text | no_markup }}
+{% elif kind == "Bullets" %}
+{% for item in block.items %}
+- {{ item | no_markup }}
+{% endfor %}
+{% elif kind == "Table" %}
+| {{ block.frame.columns.tolist() | map("markdown_cell") | join(" | ") }} |
+|{% for is_word in word_columns(block.frame) %}{{ ":--|" if is_word else "--:|" }}{% endfor +%}
+{% for row in block.frame.itertuples(index=False) %}
+| {{ row | map("markdown_cell") | join(" | ") }} |
+{% endfor %}
+{% elif kind == "Picture" %}
+![{{ block.alt | no_markup }}]({{ block.path.relative_to(folder).as_posix() }})
+{% elif kind == "Code" %}
+```{{ block.language }}
+{{ block.text }}
+```
+{% endif %}
+{% if not loop.last %}
+
+{% endif %}
+{% endfor %}
+""",
+    escape=False,
+)
+_HTML = _template(
+    """\
+<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
+<style>{{ style | safe }}</style></head><body>
+{% for block in blocks %}
+{% set kind = block | kind %}
+{% if kind == "Heading" %}
+<h{{ block.level }}>{{ block.text }}</h{{ block.level }}>
+{% elif kind == "Paragraph" %}
+<p>{{ block.text }}</p>
+{% elif kind == "Bullets" %}
+<ul>{% for item in block.items %}<li>{{ item }}</li>{% endfor %}</ul>
+{% elif kind == "Table" %}
+{% set words = word_columns(block.frame) %}
+<table><thead><tr>
+{%- for name in block.frame.columns -%}
+<th{% if words[loop.index0] %} class="t"{% endif %}>{{ name }}</th>
+{%- endfor -%}
+</tr></thead><tbody>
+{%- for row in block.frame.itertuples(index=False) -%}
+<tr>
+{%- for value in row -%}
+<td{% if words[loop.index0] %} class="t"{% endif %}>{{ value }}</td>
+{%- endfor -%}
+</tr>
+{%- endfor -%}
+</tbody></table>
+{% elif kind == "Picture" %}
+<p><img alt="{{ block.alt }}" src="data:image/png;base64,{{ block.path | png_data }}"></p>
+{% elif kind == "Code" %}
+<pre>{{ block.text }}</pre>
+{% endif %}
+{% endfor %}
+</body></html>
+""",
+    escape=True,
+)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import pandas as pd
+from pandas.core.groupby import DataFrameGroupBy
 from scipy import stats
 
-from harness.report.points import point_table
 from harness.sweep.catalog import WORKLOADS
 from harness.sweep.metrics import METRICS
 from moc.methods import METHODS
@@ -20,7 +21,7 @@ DEFAULT_K = 0.1875
 SEEDS_FOR_INTERVAL = 3
 
 
-# Which sparse series speaks for the sweep in sentences and titles, if several were measured.
+# Which sparse series titles and sentences are about, if several were measured.
 _LEAD_METHODS = ("moc", "moc_fp8", "moc_reference")
 
 
@@ -28,44 +29,62 @@ _LEAD_METHODS = ("moc", "moc_fp8", "moc_reference")
 _FAMILIES = ("topk", "nm:12:64", "nm:2:8", "topk_abs", "threshold")
 
 
+# What is averaged over the seeds of a cell, method and selection.
+_AVERAGED = (
+    *METRICS,
+    "speed",
+    "peak_bytes",
+    "x_best_dense",
+    "memory_change",
+    "saved_change",
+    "loss_gap",
+    "memory_change_fastest",
+    "saved_change_fastest",
+    "perplexity_change",
+    "tokens_per_parameter",
+)
+
+
 def summarise(points: pd.DataFrame) -> pd.DataFrame:
     """Means over seeds of the measured points: one line per cell, method and selection.
 
     The interval of a mean is the t interval over seeds where there are three or more; with fewer it is the
-    mean of the measured intervals, which knows nothing of seed noise. `seeds` says how many.
+    mean of the measured intervals, which does not include seed noise. `seeds` says how many there are.
     """
     measured = points[points["measured"]]
-    numeric = [
-        *(name for name in METRICS),
-        *("speed", "peak_bytes", "x_best_dense", "memory_change", "saved_change", "loss_gap"),
-        *("memory_change_fastest", "saved_change_fastest", "perplexity_change", "tokens_per_parameter"),
-    ]
-    lines = []
-    for _, group in measured.groupby(["cell", "method", "selection"], sort=False):
-        line = group.iloc[0].to_dict()
-        line["seeds"] = group["seed"].nunique()
-        line["unstable"] = bool((group["status"] == "unstable").any())
-        line["throttled"] = bool(group["throttled"].any())
-        for name in numeric:
-            bounds = (f"{name}_ci_low", f"{name}_ci_high")
-            line[name] = group[name].mean()
-            line[bounds[0]], line[bounds[1]] = mean_interval(group, name)
-        lines.append(line)
-    columns = [*points.columns, "seeds", "unstable"]
-    table = pd.DataFrame(lines) if lines else pd.DataFrame(columns=columns)
-    return in_order(table)
+    measured = measured.assign(unstable=measured["status"] == "unstable")
+    groups = measured.groupby(["cell", "method", "selection"], sort=False)
+    first = groups.head(1).reset_index(drop=True)
+    means = groups[list(_AVERAGED)].mean().reset_index(drop=True)
+    over_seeds = pd.DataFrame(
+        {
+            "seeds": groups["seed"].nunique(),
+            "unstable": groups["unstable"].any(),
+            "throttled": groups["throttled"].any(),
+        }
+    ).reset_index(drop=True)
+    columns = {**means, **_intervals(groups), **over_seeds}
+    kept = first.drop(columns=[name for name in columns if name in first])
+    return in_order(kept.join(pd.DataFrame(columns, index=kept.index)))
 
 
-def mean_interval(group: pd.DataFrame, name: str) -> tuple[float, float]:
-    """95 % interval of the mean of a column over the seeds in `group`; NaN where nothing is known."""
-    values = group[name].dropna()
-    low, high = f"{name}_ci_low", f"{name}_ci_high"
-    if len(values) >= SEEDS_FOR_INTERVAL:
-        half = float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
-        return float(values.mean() - half), float(values.mean() + half)
-    if low in group and high in group:
-        return float(group[low].mean()), float(group[high].mean())
-    return math.nan, math.nan
+def _intervals(groups: DataFrameGroupBy) -> dict[str, pd.Series]:
+    """Both ends of the 95 % interval of every mean, by column name; NaN where nothing is known."""
+    averaged = groups[list(_AVERAGED)]
+    count, mean, deviation = (
+        table.reset_index(drop=True) for table in (averaged.count(), averaged.mean(), averaged.std(ddof=1))
+    )
+    ends = [f"{name}_ci_{end}" for name in _AVERAGED for end in ("low", "high")]
+    ends = [name for name in ends if name in groups.obj.columns]
+    measured = groups[ends].mean().reset_index(drop=True)
+    found = {}
+    for name in _AVERAGED:
+        half = stats.t.ppf(0.975, count[name].clip(lower=2) - 1) * deviation[name] / np.sqrt(count[name])
+        for end, sign in (("low", -1), ("high", 1)):
+            column = f"{name}_ci_{end}"
+            few = measured.get(column, math.nan)
+            found[column] = (mean[name] + sign * half).where(count[name] >= SEEDS_FOR_INTERVAL, few)
+    return found
 
 
 def gaps_hold_zero(lines: pd.DataFrame) -> bool:
@@ -85,8 +104,22 @@ def in_order(table: pd.DataFrame) -> pd.DataFrame:
         _rule=[_rank(name, _FAMILIES) for name in table["family"]],
     )
     order = [
-        *("device_name", "_work", "workload", "_size", "preset", "tokens", "seq_len", "dtype", "cell"),
-        *("_sparse", "_known", "method", "_rule", "family", "k_frac", "selection"),
+        "device_name",
+        "_work",
+        "workload",
+        "_size",
+        "preset",
+        "tokens",
+        "seq_len",
+        "dtype",
+        "cell",
+        "_sparse",
+        "_known",
+        "method",
+        "_rule",
+        "family",
+        "k_frac",
+        "selection",
     ]
     index = keys.sort_values(order, kind="stable").index
     return table.loc[index].reset_index(drop=True)
@@ -97,7 +130,7 @@ def _rank(name: str, order: Sequence[str]) -> int:
 
 
 def lead_series(summary: pd.DataFrame) -> tuple[str, str] | None:
-    """Method and family that speak for the sweep: MoC before rivals, global top-k before local rules."""
+    """Method and family of the series that titles and sentences are about: MoC first, then global top-k."""
     sparse = summary[~summary["is_dense"] & ~summary["misaligned"] & (summary["family"] != "")]
     if sparse.empty:
         return None
@@ -129,34 +162,29 @@ def nearest_to_default(lines: pd.DataFrame) -> str:
     return str(ranked.sort_values(["cells", "off"], ascending=[False, True], kind="stable").index[0])
 
 
-def headline_table(rows: pd.DataFrame) -> pd.DataFrame:
+# Columns of the headline by the column of the summary they come from, where the two names differ.
+_HEADLINE_NAMES = {
+    "speed": "tokens_per_s",
+    "peak_bytes": "peak_memory_bytes",
+    "saved_activation_bytes_per_token": "saved_bytes_per_token",
+}
+
+
+def headline_table(summary: pd.DataFrame) -> pd.DataFrame:
     """What a reader should see first: one line per cell, method and selection, means over seeds.
 
-    Whole-model training where the sweep has it, else the FFN workloads. Failed points and misaligned
-    shapes are never in it. `saved_bytes_per_token` comes from `ffn_train` of the same shape if the whole
-    model did not measure it. Numbers are plain: tokens/s, bytes, %, nats; NaN where not measured.
+    `summary` is as `summarise` gives it. Whole-model training where the sweep has it, else the other
+    workloads. Failed points and misaligned shapes are never in it. `saved_bytes_per_token` comes from
+    `ffn_train` of the same shape if the whole model did not measure it. Numbers are plain: tokens/s, bytes,
+    %, nats; NaN where not measured.
     """
-    summary = summarise(point_table(rows))
-    columns = {
-        "device_name": "device_name", "workload": "workload", "preset": "preset", "d_model": "d_model",
-        "d_ffn": "d_ffn", "batch": "batch", "seq_len": "seq_len", "tokens": "tokens", "dtype": "dtype",
-        "train_tokens": "train_tokens", "vocab_size": "vocab_size", "lr": "lr", "data_id": "data_id",
-        "timing_mode": "timing_mode", "method": "method", "selection": "selection", "k_pct": "k_pct",
-        "seeds": "seeds", "tokens_per_s": "speed", "x_best_dense": "x_best_dense", "paired": "paired",
-        "unpaired": "unpaired",
-        "peak_memory_bytes": "peak_bytes", "peak_metric": "peak_metric",
-        "saved_bytes_per_token": "saved_activation_bytes_per_token", "perplexity": "perplexity",
-        "bits_per_byte": "bits_per_byte", "untrained_perplexity": "untrained_perplexity",
-        "misaligned": "misaligned", "unstable": "unstable", "throttled": "throttled",
-    }  # fmt: skip
     if summary.empty:
-        return pd.DataFrame(columns=list(columns))
-    summary["saved_activation_bytes_per_token"] = _saved_from_ffn(summary)
-    aligned = summary[~summary["misaligned"]]
-    whole = aligned[aligned["workload"] == "pretrain"]
-    chosen = whole if not whole.empty else aligned
-    table = chosen[list(columns.values())].set_axis(list(columns), axis=1)
-    return table.reset_index(drop=True)
+        return summary
+    table = summary.drop(columns=list(_HEADLINE_NAMES.values()), errors="ignore")
+    table = table.assign(saved_activation_bytes_per_token=_saved_from_ffn(summary))
+    table = table[~table["misaligned"]].rename(columns=_HEADLINE_NAMES)
+    whole = table[table["workload"] == "pretrain"]
+    return (table if whole.empty else whole).reset_index(drop=True)
 
 
 def _saved_from_ffn(summary: pd.DataFrame) -> pd.Series:

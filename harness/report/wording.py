@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 
@@ -19,7 +20,7 @@ _PEAK_NAMES = {
 
 def number(value: float, digits: int = 3) -> str:
     """`digits` significant figures, no exponent: 12345.6 -> 12,300; 0.01234 -> 0.0123; NaN -> a dash."""
-    if value != value:
+    if math.isnan(value):
         return DASH
     if value == 0:
         return "0"
@@ -29,7 +30,7 @@ def number(value: float, digits: int = 3) -> str:
 
 def signed(value: float, places: int) -> str:
     """Fixed places with a sign, and no sign on a zero: +0.012, 0.000; NaN -> a dash."""
-    if value != value:
+    if math.isnan(value):
         return DASH
     text = f"{value:+.{places}f}"
     return text[1:] if float(text) == 0 else text.replace("-", MINUS)
@@ -37,17 +38,17 @@ def signed(value: float, places: int) -> str:
 
 def ratio(value: float) -> str:
     """A speed ratio: 0.71x."""
-    return DASH if value != value else f"{value:.2f}x" if abs(value) < 10 else f"{value:.1f}x"
+    return DASH if math.isnan(value) else f"{value:.2f}x" if abs(value) < 10 else f"{value:.1f}x"
 
 
 def percent(value: float) -> str:
     """A share in percent with at most two places: 18.75 %, 25 %."""
-    return DASH if value != value else f"{value:.2f}".rstrip("0").rstrip(".") + " %"
+    return DASH if math.isnan(value) else f"{value:.2f}".rstrip("0").rstrip(".") + " %"
 
 
 def size(value: float, digits: int = 3) -> str:
     """Bytes in the largest binary unit that leaves at least one: 1.50 GiB."""
-    if value != value:
+    if math.isnan(value):
         return DASH
     unit, scale = byte_unit(value)
     return f"{number(value / scale, digits)} {unit}"
@@ -60,7 +61,7 @@ def byte_unit(value: float) -> tuple[str, int]:
 
 def tokens(value: float) -> str:
     """A count of tokens: 40M, 1.3B, 262k."""
-    if value != value:
+    if math.isnan(value):
         return DASH
     for unit, scale in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= scale:
@@ -73,11 +74,19 @@ def span(values: Iterable[float], form: Callable[[float], str], between: str = "
 
     Where the sentence around it says `from ... to`, a dash belongs `between` the two.
     """
-    finite = [value for value in values if value == value]
+    finite = [value for value in values if not math.isnan(value)]
     if not finite:
         return DASH
     low, high = form(min(finite)), form(max(finite))
     return low if low == high else f"{low}{between}{high}"
+
+
+def with_interval(line: pd.Series, name: str, form: Callable[[float], str]) -> str:
+    """A column of a line with its interval: `12.3 (12.1–12.6)`, or the value alone where it has none."""
+    value, low, high = line[name], line[f"{name}_ci_low"], line[f"{name}_ci_high"]
+    if math.isnan(value) or math.isnan(low):
+        return form(value)
+    return f"{form(value)} ({form(low)}{DASH}{form(high)})"
 
 
 def listing(items: Sequence[str]) -> str:
@@ -123,7 +132,7 @@ def change(fractions: Iterable[float]) -> str:
 
     A change that rounds to nothing is `level with`. Raises ValueError if there is no number.
     """
-    known = [value for value in fractions if value == value]
+    known = [value for value in fractions if not math.isnan(value)]
     low, high = _side(min(known)), _side(max(known))
     if low == high:
         return low

@@ -157,7 +157,7 @@ class Store:
 
     def environments(self) -> Iterator[dict[str, Any]]:
         """See `RowStore`."""
-        return read_lines(self.folder / "environments.jsonl")
+        return iter(read_environments(self.folder).values())
 
     def _lock(self) -> contextlib.AbstractContextManager[Any]:
         return self._file_lock.acquire(poll_interval=LOCK_POLL_SECONDS)
@@ -234,6 +234,12 @@ class _Seen:
         if counts_over(primary["status"], self.status.get(at)):
             self.status[at] = primary["status"]
             self.spans[at] = (start, self.end, key)
+
+
+def read_environments(folder: Path) -> dict[str, dict[str, Any]]:
+    """Environment records of a results folder by `env_id`; a line that a crash cut short is left out."""
+    records = read_lines(folder / "environments.jsonl")
+    return {str(record["env_id"]): record for record in records if "env_id" in record}
 
 
 def copy_rows(source: RowStore, target: RowStore) -> int:

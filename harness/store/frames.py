@@ -49,9 +49,12 @@ def read_rows(folder: Path) -> pd.DataFrame:
     return typed(pd.DataFrame(kept, columns=list(COLUMNS)))
 
 
+SAMPLE_COLUMNS = ("run_id", "point_key", "metric", "x", "value")
+
+
 def read_samples(folder: Path) -> pd.DataFrame:
-    """Raw samples, one line each: run_id, point_key, metric, x, value."""
-    columns = ["run_id", "point_key", "metric", "x", "value"]
+    """Raw samples, one line each, with the columns `SAMPLE_COLUMNS`."""
+    columns = list(SAMPLE_COLUMNS)
     path = folder / "samples.jsonl"
     if not path.exists():
         parquet = folder / "samples.parquet"

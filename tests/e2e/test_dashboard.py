@@ -17,6 +17,7 @@ from typing import Any
 import optuna
 import pytest
 
+from harness.report.plots.style import Board, Subject
 from harness.search.storage import open_storage
 from harness.search.study import GridStudy
 from harness.soak.postgres import NoPostgresError, PrivatePostgres
@@ -327,8 +328,8 @@ def test_other_machines_are_let_in_when_asked_after_a_warning(tmp_path: Path) ->
 def test_a_study_in_postgresql_is_served(tmp_path: Path) -> None:
     """The same dashboard over a real server: study, trial, its attributes and a plot of the report."""
     plots = tmp_path / "results/small/plots"
-    plots.mkdir(parents=True)
-    shutil.copy(Path(__file__).parents[2] / "results/h100_first/plots/ffn_speedup.png", plots)
+    board = Board([""], columns=1, subject=Subject(("ffn_train",)))
+    board.save(plots / "ffn_speedup.png", "message", "caption")
     with private_postgres() as server:
         add_study(tmp_path / "results/small", server.url)
         dashboard = serve(tmp_path, "--storage", server.url)

@@ -21,6 +21,15 @@ from moc.selection import parse_selection
 CPU = "CPU: Example, 2 cores"
 GPU = "Example GPU 80GB"
 
+SWEEP_FILE = """\
+version: 1
+name: made_up
+data: files:/home/me/text/*.txt
+workload: ffn_train
+axes: {preset: [1m], method: [dense]}
+fixed: {batch: 2, seq_len: 64, dtype: fp32}
+"""
+
 Value = float | tuple[float, float, float]
 
 
@@ -49,17 +58,36 @@ def point(
     whole = workload == "pretrain"
     named = [workload, method, selection, preset, shape, seq_len, tokens, seed, sorted(more.items())]
     base: dict[str, Any] = {
-        "schema_version": 1, "sweep": "made_up", "run_id": "run", "attempt": 0, "seed": seed,
+        "schema_version": 1,
+        "sweep": "made_up",
+        "run_id": "run",
+        "attempt": 0,
+        "seed": seed,
         "point_key": hashlib.sha256(json.dumps(named).encode()).hexdigest()[:16],
-        "workload": workload, "method": method, "selection": selection, "preset": preset,
-        "d_model": shape[0], "d_ffn": shape[1], "n_layers": shape[2] if whole else 1,
-        "k": k, "k_frac": k / shape[1], "batch": tokens // seq_len, "seq_len": seq_len, "tokens": tokens,
-        "train_tokens": 40_000_000 if whole else None, "vocab_size": 32000 if whole else None,
-        "lr": 1e-3 if whole else None, "data_id": "abc" if whole else None,
-        "dtype": "fp32" if device == CPU else "bf16", "timing_mode": "auto" if whole else "launch_cold",
-        "status": status, "detail": detail, "device_name": device, "env_id": f"env-{device}",
+        "workload": workload,
+        "method": method,
+        "selection": selection,
+        "preset": preset,
+        "d_model": shape[0],
+        "d_ffn": shape[1],
+        "n_layers": shape[2] if whole else 1,
+        "k": k,
+        "k_frac": k / shape[1],
+        "batch": tokens // seq_len,
+        "seq_len": seq_len,
+        "tokens": tokens,
+        "train_tokens": 40_000_000 if whole else None,
+        "vocab_size": 32000 if whole else None,
+        "lr": 1e-3 if whole else None,
+        "data_id": "abc" if whole else None,
+        "dtype": "fp32" if device == CPU else "bf16",
+        "timing_mode": "auto" if whole else "launch_cold",
+        "status": status,
+        "detail": detail,
+        "device_name": device,
+        "env_id": f"env-{device}",
         "started_at": "2026-11-24T08:00:00+00:00",
-    }  # fmt: skip
+    }
     base.update(more)
     values: dict[str, Value | None] = dict(metrics or {})
     values.setdefault(primary, None)
@@ -149,9 +177,14 @@ def gpu_rows() -> pd.DataFrame:
             }
             points.append(point(method, rule, metrics, seq_len=seq_len, tokens=65536))
     times = {
-        "dense": (2.30, 6.2), "dense_compiled": (1.97, 5.76), "dense_recompute": (2.93, 7.65),
-        "dense_gu": (2.41, 6.5), "topk:0.1875": (5.1, 9.8), "nm:2:8": (5.9, 11.2), "nm:12:64": (6.1, 11.9),
-    }  # fmt: skip
+        "dense": (2.30, 6.2),
+        "dense_compiled": (1.97, 5.76),
+        "dense_recompute": (2.93, 7.65),
+        "dense_gu": (2.41, 6.5),
+        "topk:0.1875": (5.1, 9.8),
+        "nm:2:8": (5.9, 11.2),
+        "nm:12:64": (6.1, 11.9),
+    }
     for at, (preset, tokens) in enumerate((("60m", 65536), ("1b", 16384))):
         config = PRESETS[preset]
         kept = {"dense": 4.0, "dense_compiled": 4.0, "dense_recompute": 0.0, "dense_gu": 2.0}
@@ -215,7 +248,7 @@ def write_results(folder: Path, rows: pd.DataFrame, samples: pd.DataFrame | None
                 "gpu": None,
             }
         )
-    (folder / "sweep.yaml").write_text("version: 1\nname: made_up\ndata: files:/home/me/text/*.txt\n")
+    (folder / "sweep.yaml").write_text(SWEEP_FILE)
     (folder / "command.txt").write_text(
         "mocbench run sweeps/made_up.yaml --data 'files:/home/me/text/*.txt'\n"
     )

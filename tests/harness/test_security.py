@@ -19,7 +19,7 @@ from rows import rows_of, train_point
 from typer.testing import CliRunner
 
 from harness.cli import app
-from harness.dashboard import guarded, hang_pictures, is_loopback
+from harness.dashboard import attach_plots, guarded, is_loopback
 from harness.errors import SpecError, UserError
 from harness.run.options import RunOptions
 from harness.run.progress import SweepProgress
@@ -136,7 +136,7 @@ def test_nothing_named_in_results_is_imported(tmp_path: Path, evil: str) -> None
         done = CliRunner().invoke(app, command)
         assert done.exit_code == 0, f"{command}: {done.output} {done.exception!r}"
     assert "evil_rival:factory" in (folder / "report.md").read_text()
-    hang_pictures(folder, "demo")
+    attach_plots(folder, "demo")
     assert "evil_rival" not in sys.modules
     parse_sweep(GOOD.replace("dense,", f"'{evil}',"), "s.yaml")
     assert "evil_rival" in sys.modules
@@ -201,7 +201,7 @@ def run_demo(results: Path) -> None:
 WRITERS: dict[str, Callable[[Path], object]] = {
     "run": run_demo,
     "report": lambda results: refuse_links(results_folder(results, "demo")),
-    "dashboard": lambda results: hang_pictures(results_folder(results, "demo"), "demo"),
+    "dashboard": lambda results: attach_plots(results_folder(results, "demo"), "demo"),
 }
 LINKS = ("demo", "demo/jobs", "demo/plots", "demo/checkpoints", "demo/artifacts", "demo/rows.jsonl",
          "demo/plots/x.png", "demo/jobs/j.json")  # fmt: skip

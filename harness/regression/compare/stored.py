@@ -21,6 +21,7 @@ from harness.measure.stats import MIN_SAMPLES, Verdict, median
 from harness.regression.compare.checkouts import Outcome
 from harness.regression.compare.sides import Side, refuse_other_machine
 from harness.regression.compare.verdict import RULES, Change, Rule, judge, unpaired_speedup
+from harness.store.files import read_environments
 from harness.store.frames import read_rows, read_samples
 from harness.store.rows import MEASURED
 from harness.sweep.metrics import METRICS
@@ -117,9 +118,7 @@ class _Results:
         samples = read_samples(folder)
         samples = samples[samples["metric"].isin(_TIMES)].sort_values("x", kind="stable")
         self._samples = dict(list(samples.groupby(["run_id", "point_key", "metric"])["value"]))
-        path = folder / "environments.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        self._environments = {record["env_id"]: record for record in map(json.loads, lines)}
+        self._environments = read_environments(folder)
 
     def samples(self, point: pd.Series, metric: str) -> np.ndarray:
         """In milliseconds; none if there are none."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter
 
 from harness.report import wording
-from harness.report.plots.style import Board, Plot, line_handle, look
+from harness.report.plots.style import Board, Plot, line_handle, look, subject_of
 from harness.report.plots.titles import ratio_note, saved_title, speedup_title, step_title
 
 _CONDITIONS = ("tokens", "seq_len", "dtype", "timing_mode")
@@ -21,18 +22,16 @@ def ffn_plots(summary: pd.DataFrame, caption: str, folder: Path, tail: str) -> l
     if summary.empty:
         return []
     interval = "Whiskers: 95 % intervals. " if summary["step_ms_ci_low"].notna().any() else ""
-    saved = "Counted by storage, input included, weights excluded: exact, so there is no interval. "
+    exact = "Counted by storage, input included, weights excluded: exact, so there is no interval. "
+    step, saved = "step_ms", "saved_activation_bytes_per_token"
+    times, sizes = (folder / f"{name}{tail}.png" for name in ("ffn_step_time", "ffn_saved_bytes"))
+    step_axis = "forward + backward of one FFN layer (ms), less is better"
+    saved_axis = "bytes kept for backward per token, less is better"
     return [
-        horizontal_bars(
-            summary, "step_ms", "forward + backward of one FFN layer (ms), less is better",
-            step_title, caption, folder / f"ffn_step_time{tail}.png", interval,
-        ),
-        horizontal_bars(
-            summary, "saved_activation_bytes_per_token", "bytes kept for backward per token, less is better",
-            saved_title, caption, folder / f"ffn_saved_bytes{tail}.png", saved,
-        ),
+        horizontal_bars(summary, step, step_axis, step_title, caption, times, interval),
+        horizontal_bars(summary, saved, saved_axis, saved_title, caption, sizes, exact),
         speedups(summary, caption, folder / f"ffn_speedup{tail}.png"),
-    ]  # fmt: skip
+    ]
 
 
 def _titles(summary: pd.DataFrame) -> dict[str, str]:
@@ -57,9 +56,12 @@ def _labels(summary: pd.DataFrame) -> list[str]:
 def _board(summary: pd.DataFrame, labels: list[str]) -> tuple[Board, list[tuple[Axes, pd.DataFrame]]]:
     titles = _titles(summary)
     board = Board(
-        list(titles.values()), columns=min(3, len(titles)) if len(titles) != 4 else 2,
-        panel_inches=0.7 + 0.27 * len(labels), share_x=False,
-    )  # fmt: skip
+        list(titles.values()),
+        columns=min(3, len(titles)) if len(titles) != 4 else 2,
+        panel_inches=0.7 + 0.27 * len(labels),
+        share_x=False,
+        subject=subject_of(summary),
+    )
     return board, [(a, summary[summary["cell"] == c]) for a, c in zip(board.axes, titles, strict=True)]
 
 
@@ -92,7 +94,7 @@ def horizontal_bars(
             at = labels.index(wording.series_label(line["method"], line["selection"]))
             axes.barh(at, line[metric], color=style.color, hatch=style.hatch, edgecolor="white", height=0.72)
             end = line[metric]
-            if line[f"{metric}_ci_low"] == line[f"{metric}_ci_low"]:
+            if not math.isnan(line[f"{metric}_ci_low"]):
                 low, end = line[f"{metric}_ci_low"], line[f"{metric}_ci_high"]
                 axes.plot([low, end], [at, at], color="black", linewidth=1.2, marker="|", markersize=6)
             words = f"{line[metric]:,.0f}" if metric.startswith("saved") else wording.number(line[metric])
@@ -116,7 +118,7 @@ def speedups(summary: pd.DataFrame, caption: str, path: Path) -> Plot | None:
             style = look(line["method"], line["family"], dense=line["is_dense"])
             at = labels.index(wording.series_label(line["method"], line["selection"]))
             low, high = line["x_best_dense_ci_low"], line["x_best_dense_ci_high"]
-            if low == low:
+            if not math.isnan(low):
                 axes.plot([low, high], [at, at], color=style.color, linewidth=1.8, marker="|", markersize=8)
             marks = style.marks(linestyle="", markersize=6)
             axes.plot([line["x_best_dense"]], [at], **{**marks, "marker": style.marker or "h"})
@@ -132,7 +134,6 @@ def speedups(summary: pd.DataFrame, caption: str, path: Path) -> Plot | None:
         _rows_of(axes, labels, named=number % columns == 0)
     one = line_handle(look("dense_compiled", "", dense=True))
     board.legend(one, "1.0: the fastest dense method of the run")
-    return board.save(
-        path, speedup_title(known), caption, x="speed against the fastest dense method (x), more is better",
-        note=f"{ratio_note(known)}; whiskers: 95 % intervals. Axes do not start at zero; the line is 1.0.",
-    )  # fmt: skip
+    name = "speed against the fastest dense method (x), more is better"
+    note = f"{ratio_note(known)}; whiskers: 95 % intervals. Axes do not start at zero; the line is 1.0."
+    return board.save(path, speedup_title(known), caption, x=name, note=note)

@@ -11,26 +11,25 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from harness.report import wording
-from harness.report.crossover import crossovers, decoded, independent_union
+from harness.report.crossover import independent_union
 from harness.report.plots.panels import interval, one_size_each, series_of, with_k
-from harness.report.plots.style import Board, Plot, line_handle, look
+from harness.report.plots.style import Board, Plot, line_handle, look, subject_of
 from harness.report.plots.titles import ratio_note
 from harness.report.summary import lead_series
+from harness.report.tables import Tables
 
 _PANEL = ("workload", "preset", "d_model", "d_ffn", "n_layers", "seq_len", "dtype")
 _WORDS = {"ffn_decode": "one FFN", "generate": "whole model"}
 _CHANCE: dict[str, Any] = {"color": "#777777", "linestyle": (0, (1, 2)), "linewidth": 1.6}
 
 
-def crossover_plot(
-    rows: pd.DataFrame, points: pd.DataFrame, samples: pd.DataFrame, caption: str, path: Path
-) -> Plot | None:
+def crossover_plot(tables: Tables, caption: str, path: Path) -> Plot | None:
     """A panel per decoded shape with two batches or more, and one for the union of channels; None without.
 
-    `points` and `samples` may hold the `union_share` curves of trained models; without them the union of
-    independent choices stands alone.
+    Points and samples may hold the `union_share` curves of trained models; without them the union of
+    independent choices is drawn alone.
     """
-    known = decoded(rows)
+    known = tables.decoded
     several = known.groupby([*_PANEL, "method", "selection"])["batch"].transform("nunique") > 1
     known = known[several] if len(known) else known
     if known.empty:
@@ -38,11 +37,12 @@ def crossover_plot(
     known = one_size_each(known)
     panels = [group for _, group in known.groupby(list(_PANEL), sort=False)]
     columns = 2 if len(panels) == 3 else 3  # of one panel more
-    board = Board([*(_title(panel, panels) for panel in panels), "channels a batch needs"], columns=columns)
+    titles = [*(_title(panel, panels) for panel in panels), "channels a batch needs"]
+    board = Board(titles, columns=columns, subject=subject_of(known))
     batches = sorted(set(known["batch"]))
     for axes, panel in zip(board.axes, panels, strict=False):
         _speedups(board, axes, panel)
-    union = union_curves(points, samples)
+    union = union_curves(tables.points, tables.samples)
     _unions(board, board.axes[-1], known, union, batches)
     for axes in board.axes:
         axes.set_xscale("log", base=2)
@@ -50,7 +50,7 @@ def crossover_plot(
         axes.xaxis.set_minor_locator(NullLocator())
     speeds = f"{ratio_note(known)}; bars: 95 % intervals; the line at 1.0 is the fastest dense method"
     note = f"{speeds}. Last panel, as a share of all channels: {_union_note(union)}"
-    return board.save(path, _message(rows), caption, x="batch (sequences decoded at once)", note=note)
+    return board.save(path, _message(tables), caption, x="batch (sequences decoded at once)", note=note)
 
 
 def union_curves(points: pd.DataFrame, samples: pd.DataFrame) -> pd.DataFrame:
@@ -107,11 +107,10 @@ def _union_note(union: pd.DataFrame) -> str:
     return f"{chance} marks, trained {models} on held-out text, each token of another text."
 
 
-def _message(rows: pd.DataFrame) -> str:
+def _message(tables: Tables) -> str:
     """Up to which batch the lead series wins, by workload."""
-    summary = decoded(rows)
-    found = crossovers(rows)
-    lead = lead_series(summary)
+    found = tables.crossovers
+    lead = lead_series(tables.decoded)
     if lead is None or found.empty:
         return "Decoding speed against the fastest dense method, by batch"
     own = found[(found["method"] == lead[0]) & (found["family"] == lead[1])]

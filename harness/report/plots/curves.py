@@ -28,11 +28,10 @@ def loss_curves(seeds: pd.DataFrame, samples: pd.DataFrame) -> pd.DataFrame:
 
 
 def loss_over_tokens(summary: pd.DataFrame, curves: pd.DataFrame, caption: str, path: Path) -> Plot | None:
-    """Validation loss while training; None unless some curve has three places."""
-    return _curve_plot(
-        summary, curves, caption, path, loss_title, "validation loss (nats/token)",
-        "Lines: means over seeds." if summary["seeds"].max() > 1 else "One seed.",
-    )  # fmt: skip
+    """Validation loss while training; None unless some curve has three points."""
+    note = "Lines: means over seeds." if summary["seeds"].max() > 1 else "One seed."
+    y_name = "validation loss (nats/token)"
+    return _curve_plot(summary, curves, caption, path, lambda _, shown: loss_title(shown), y_name, note)
 
 
 def gap_over_tokens(summary: pd.DataFrame, curves: pd.DataFrame, caption: str, path: Path) -> Plot | None:

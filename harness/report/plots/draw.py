@@ -4,27 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pandas as pd
-
 from harness.report import wording
 from harness.report.plots.bars import ffn_plots
 from harness.report.plots.crossover import crossover_plot
 from harness.report.plots.curves import gap_over_tokens, loss_curves, loss_over_tokens
 from harness.report.plots.over_k import against_k, pareto, scaling
 from harness.report.plots.style import Plot
-from harness.report.points import point_table
-from harness.report.summary import summarise
+from harness.report.tables import Tables
 
 
-def draw_plots(
-    rows: pd.DataFrame, samples: pd.DataFrame, caption: str, folder: Path, tail: str
-) -> list[Plot]:
-    """Draw every plot that the rows of one device support into `folder/NAME{tail}.png`.
+def draw_plots(tables: Tables, caption: str, folder: Path, tail: str) -> list[Plot]:
+    """Draw every plot that the tables of one device support into `folder/NAME{tail}.png`.
 
-    `rows` and `samples` are as `harness.store.files` reads them; `caption` says device, date and command.
+    `caption` says device, date and command.
     """
-    points = point_table(rows)
-    summary = summarise(points)
+    points, summary = tables.points, tables.summary
     if summary.empty:
         return []
 
@@ -35,7 +29,7 @@ def draw_plots(
     whole = summary[summary["workload"] == "pretrain"]
     if not whole.empty:
         seeds = points[points["measured"] & (points["workload"] == "pretrain")]
-        curves = loss_curves(seeds, samples)
+        curves = loss_curves(seeds, tables.samples)
         peak = str(whole["peak_metric"].iloc[0])
         name = wording.peak_name(peak)
         unit, scale = wording.byte_unit(whole["peak_bytes"].max() if whole["peak_bytes"].notna().any() else 1)
@@ -49,5 +43,5 @@ def draw_plots(
             gap_over_tokens(whole, curves, caption, path("loss_gap_vs_tokens")),
         ]
     plots += ffn_plots(summary[summary["workload"] == "ffn_train"], caption, folder, tail)
-    plots.append(crossover_plot(rows, points, samples, caption, path("batch_crossover")))
+    plots.append(crossover_plot(tables, caption, path("batch_crossover")))
     return [plot for plot in plots if plot is not None]

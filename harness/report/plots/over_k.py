@@ -6,6 +6,7 @@ horizontal line with its interval as a band, because K means nothing to it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,10 +26,11 @@ from harness.report.plots.panels import (
     series_of,
     with_k,
 )
-from harness.report.plots.style import Board, Look, Mark, Plot, line_handle
+from harness.report.plots.style import Board, Look, Mark, Plot, line_handle, subject_of
 from harness.report.plots.titles import k_title, pareto_title, scaling_title
 from harness.report.points import cell_ids
 from harness.report.summary import SEEDS_FOR_INTERVAL
+from harness.search.pareto import front
 
 _K_AXIS = "K: channels kept per token (% of d_ffn)"
 _WHISKER: dict[str, Any] = {"capsize": 3, "elinewidth": 1.1, "capthick": 1.1}
@@ -38,7 +40,7 @@ _INTERVALS = "Bars and bands: 95 % intervals of the measurement"
 def _level(axes: Axes, board: Board, style: Look, line: pd.Series, metric: str, scale: float) -> None:
     axes.axhline(line[metric] / scale, color=style.color, linestyle=style.line, linewidth=1.8, zorder=2)
     low, high = line[f"{metric}_ci_low"], line[f"{metric}_ci_high"]
-    if low == low:
+    if not math.isnan(low):
         axes.axhspan(low / scale, high / scale, color=style.color, alpha=0.16, linewidth=0, zorder=1)
     board.legend(line_handle(replace(style, marker="")), style.label)
 
@@ -118,7 +120,7 @@ def _top(part: pd.DataFrame, metric: str) -> float:
 
 
 def _readable(values: Sequence[float], room: float) -> list[float]:
-    """Tick places at measured K, without those whose labels would touch."""
+    """Positions of ticks at measured K, without those whose labels would overlap."""
     ticks: list[float] = []
     for value in values:
         if not ticks or value - ticks[-1] >= room * 0.45:
@@ -157,7 +159,7 @@ def pareto(
         return None
     known = known.assign(on_front=False)
     for _, part in known.groupby("cell", sort=False):
-        known.loc[front(part, peak, "perplexity"), "on_front"] = True
+        known.loc[part.index, "on_front"] = front(part[[peak, "perplexity"]].to_numpy())
     board, parts = board_of(known, share_x=False)
     labelled = False
     for axes, part in parts:
@@ -180,32 +182,20 @@ def pareto(
         board.label(axes, [_mark(line, peak, scale, line.name in many.index) for _, line in part.iterrows()])
     note = "Dotted: the front. Faded: another method is at least as good in both. "
     note += "Percentages: K. " if labelled else ""
-    return board.save(
-        path, pareto_title(known), caption, x=f"{x_name}, less is better",
-        y="perplexity, less is better", note=note + _note(known, "perplexity"),
-    )  # fmt: skip
+    note += _note(known, "perplexity")
+    names = {"x": f"{x_name}, less is better", "y": "perplexity, less is better"}
+    return board.save(path, pareto_title(known), caption, note=note, **names)
 
 
 def _mark(line: pd.Series, peak: str, scale: float, named: bool) -> Mark:
     y = line["perplexity"]
     low, high = line["perplexity_ci_low"], line["perplexity_ci_high"]
     words = wording.percent(line["k_pct"]) if named else ""
-    return Mark(line[peak] / scale, y, low if low == low else y, high if high == high else y, words)
+    return Mark(line[peak] / scale, y, y if math.isnan(low) else low, y if math.isnan(high) else high, words)
 
 
 def _dense_marks(style: Look) -> dict[str, Any]:
     return {"color": style.color, "marker": "h", "markersize": 8, "linestyle": "", "markeredgecolor": "white"}
-
-
-def front(part: pd.DataFrame, x: str, y: str) -> pd.Index:
-    """Index of the lines no other line beats in both columns (less is better in both)."""
-    kept = []
-    for index, line in part.iterrows():
-        as_good = (part[x] <= line[x]) & (part[y] <= line[y])
-        better = (part[x] < line[x]) | (part[y] < line[y])
-        if not (as_good & better).any():
-            kept.append(index)
-    return pd.Index(kept)
 
 
 def scaling(summary: pd.DataFrame, caption: str, path: Path) -> Plot | None:
@@ -215,7 +205,9 @@ def scaling(summary: pd.DataFrame, caption: str, path: Path) -> Plot | None:
         return None
     shown = one_size_each(known)
     titles = panels(shown, [name for name in CONDITIONS if name not in ("seq_len", "batch")])
-    board = Board(list(titles.values()), columns=min(3, len(titles)), panel_inches=3.1)
+    board = Board(
+        list(titles.values()), columns=min(3, len(titles)), panel_inches=3.1, subject=subject_of(shown)
+    )
     lengths = sorted(set(shown["seq_len"]))
     for axes, cell in zip(board.axes, titles, strict=True):
         part = shown[shown["cell"] == cell]

@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from harness.report import wording
-from harness.report.plots.style import Board, Look, look
+from harness.report.plots.style import Board, Look, look, subject_of
 from harness.report.summary import nearest_to_default
 
 # A panel title names these where they differ between panels; the batch only if the length does not fix it.
@@ -46,7 +46,7 @@ def board_of(summary: pd.DataFrame, **options: Any) -> tuple[Board, list[tuple[A
     """A board with a panel per cell, and each panel with the lines that belong in it."""
     titles = panels(summary)
     cells, columns = arrange(summary)
-    board = Board([titles[cell] for cell in cells], columns=columns, **options)
+    board = Board([titles[cell] for cell in cells], columns=columns, subject=subject_of(summary), **options)
     return board, [(a, summary[summary["cell"] == c]) for a, c in zip(board.axes, cells, strict=True)]
 
 

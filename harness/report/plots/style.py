@@ -16,15 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import pandas as pd
 import seaborn as sns
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from PIL import Image
 
 from harness.report.wording import series_label
 
+_SOFTWARE = "mocbench"  # the `Software` text of every PNG that is written here
 WIDTH_IN = 9.0  # shown at 900 pixels, a point of type is then 1.4 pixels
 DPI = 150
 
@@ -37,7 +40,7 @@ _RULES: dict[str, tuple[str, str]] = {
     "nm:12:64": (_GREEN, "^"),
     "threshold": (_ORANGE, "D"),
 }
-# Other n:m rules and rivals take one of these by a hash of their name: always the same one.
+# Other n:m rules and other methods take one of these by a hash of their name: always the same one.
 _SPARE = tuple((colour, marker) for marker in ("v", "P", "X", "*") for colour in (_SKY, _BROWN, _OLIVE))
 _DENSE: dict[str, tuple[str, Any]] = {
     "dense": ("#8C8C8C", (0, (6, 2))),
@@ -74,9 +77,15 @@ class Look:
     def marks(self, **changes: Any) -> dict[str, Any]:
         """Keyword arguments of a line with markers."""
         style = {
-            "color": self.color, "marker": self.marker, "linestyle": self.line, "fillstyle": self.fill,
-            "markersize": 7, "markeredgewidth": 1.5, "linewidth": 1.6, "markerfacecoloralt": "white",
-        }  # fmt: skip
+            "color": self.color,
+            "marker": self.marker,
+            "linestyle": self.line,
+            "fillstyle": self.fill,
+            "markersize": 7,
+            "markeredgewidth": 1.5,
+            "linewidth": 1.6,
+            "markerfacecoloralt": "white",
+        }
         if self.fill == "none":
             style.update(fillstyle="full", markerfacecolor="white")
         return {**style, **changes}
@@ -100,12 +109,38 @@ def look(method: str, rule: str, *, dense: bool) -> Look:
 
 
 @dataclass(frozen=True)
+class Subject:
+    """What a plot is of: the points of a grid of these workloads, or the search of one part of a sweep."""
+
+    workloads: tuple[str, ...] = ()
+    search: str = ""
+
+
+@dataclass(frozen=True)
 class Plot:
-    """A plot on disk. `name` says which plot it is, `title` is its message."""
+    """A plot on disk. `name` says which plot it is, `title` is its message, `subject` what it is of."""
 
     name: str
     path: Path
     title: str
+    subject: Subject = Subject()
+
+
+def subject_of(lines: pd.DataFrame) -> Subject:
+    """The subject of a plot that draws these lines of points or of their summary."""
+    return Subject(tuple(dict.fromkeys(map(str, lines["workload"]))))
+
+
+def plot_subject(path: Path) -> Subject | None:
+    """What a PNG that `Board.save` wrote is of; None for a picture of any other origin."""
+    try:
+        with Image.open(path, formats=["PNG"]) as picture:
+            texts = dict(picture.info)
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return None
+    if texts.get("Software") != _SOFTWARE:
+        return None
+    return Subject(tuple(str(texts.get("Workloads", "")).split()), str(texts.get("Search", "")))
 
 
 @dataclass(frozen=True)
@@ -123,9 +158,16 @@ class Board:
     """A grid of panels with a message on top, one legend and one caption for all of them."""
 
     def __init__(
-        self, panels: Sequence[str], *, columns: int, panel_inches: float = 2.7, share_x: bool = True
+        self,
+        panels: Sequence[str],
+        *,
+        columns: int,
+        panel_inches: float = 2.7,
+        share_x: bool = True,
+        subject: Subject = Subject(),
     ) -> None:
-        """`panels` are their titles; `columns` how many stand side by side at most."""
+        """`panels` are their titles, `columns` how many are side by side at most, `subject` what it is of."""
+        self._subject = subject
         self._style = {
             **sns.axes_style("whitegrid"),
             **sns.plotting_context("notebook", font_scale=0.8),
@@ -193,20 +235,28 @@ class Board:
             figure.text(0.008, floor + up / 2, y, rotation=90, va="center", ha="left", fontsize=9.5)
             if labels:
                 figure.legend(
-                    list(self._legend.values()), labels, loc="lower center", ncols=per_line, frameon=False,
-                    bbox_to_anchor=(0.5, (bottom - 0.04) / height), fontsize=9, handlelength=3.2,
-                )  # fmt: skip
+                    list(self._legend.values()),
+                    labels,
+                    loc="lower center",
+                    ncols=per_line,
+                    frameon=False,
+                    bbox_to_anchor=(0.5, (bottom - 0.04) / height),
+                    fontsize=9,
+                    handlelength=3.2,
+                )
             if self._texts:
                 figure.draw_without_rendering()
             for axes, marks in self._texts:
                 _place_labels(axes, marks)
             path.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path, metadata={"Software": "mocbench"})
-        return Plot(path.stem.partition("-")[0], path, title)
+            texts = {"Workloads": " ".join(self._subject.workloads), "Search": self._subject.search}
+            named = {name: text for name, text in texts.items() if text}
+            figure.savefig(path, metadata={"Software": _SOFTWARE, **named})
+        return Plot(path.stem.partition("-")[0], path, title, self._subject)
 
 
 def line_handle(style: Look, **changes: Any) -> Line2D:
-    """Legend entry of a series drawn with markers, or of a dense line."""
+    """Legend handle of a series: a line with markers, or a plain line for a dense method."""
     if not style.marker and not changes:
         return Line2D([], [], color=style.color, linestyle=style.line, linewidth=1.8)
     return Line2D([], [], **style.marks(**changes))
@@ -245,9 +295,16 @@ def _place_labels(axes: Axes, marks: Sequence[Mark]) -> None:
             continue
         behind = {"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.6}
         note = axes.annotate(
-            mark.text, (mark.x, mark.y), (0, 0), textcoords="offset points", ha="center", va="center",
-            fontsize=7.5, color="#222222", bbox=behind,
-        )  # fmt: skip
+            mark.text,
+            (mark.x, mark.y),
+            (0, 0),
+            textcoords="offset points",
+            ha="center",
+            va="center",
+            fontsize=7.5,
+            color="#222222",
+            bbox=behind,
+        )
         extent = note.get_window_extent()
         wide, tall = extent.width + 2 * point, extent.height
         beside = [(x * (wide / 2 + 5 * point), y * (tall / 2 + 4 * point)) for x in (1, -1) for y in (1, -1)]

@@ -16,7 +16,7 @@ def _percent(changes: pd.Series) -> str:
     return wording.span(changes, lambda value: f"{wording.signed(value, 1)} %")
 
 
-def _rival(lead: pd.DataFrame, who: str) -> str:
+def _dense_methods(lead: pd.DataFrame, who: str) -> str:
     names = wording.listing(list(dict.fromkeys(name for name in lead[who] if name)))
     as_fast = "the leanest dense method at least as fast"
     return f"{names}, {as_fast if lead['dense_as_fast'].all() else 'the fastest dense method'}"
@@ -41,7 +41,8 @@ def k_title(summary: pd.DataFrame, metric: str) -> str:
     if metric == "tokens_per_s":
         reached = wording.span(compared[column], wording.ratio)
         return f"{_k(line)} trains at {reached} the speed of the fastest dense method"
-    return f"{_k(line)}'s peak memory is {wording.change(compared[column])} {_rival(compared, 'leanest')}"
+    dense = _dense_methods(compared, "leanest")
+    return f"{_k(line)}'s peak memory is {wording.change(compared[column])} {dense}"
 
 
 def pareto_title(known: pd.DataFrame) -> str:
@@ -78,7 +79,7 @@ def scaling_title(summary: pd.DataFrame) -> str:
     )
 
 
-def loss_title(lead: pd.DataFrame, curves: pd.DataFrame) -> str:
+def loss_title(curves: pd.DataFrame) -> str:
     """Message of the loss plot: from where to where validation loss falls."""
     by_run = curves.sort_values("x").groupby(["point_key"])["value"]
     start, end = by_run.first(), by_run.last()
@@ -122,8 +123,8 @@ def saved_title(summary: pd.DataFrame) -> str:
     lead = lead[lead["saved_change"].notna()]
     if lead.empty:
         return "Bytes one FFN layer keeps for its backward pass"
-    line, rival = lead.iloc[0], _rival(lead, "saved_leanest")
-    return f"{_k(line)}'s saved bytes are {wording.change(lead['saved_change'])} {rival}"
+    line, dense = lead.iloc[0], _dense_methods(lead, "saved_leanest")
+    return f"{_k(line)}'s saved bytes are {wording.change(lead['saved_change'])} {dense}"
 
 
 def ratio_note(lines: pd.DataFrame) -> str:
@@ -139,10 +140,10 @@ def ratio_note(lines: pd.DataFrame) -> str:
 
 def speedup_title(summary: pd.DataFrame) -> str:
     """Message of the speed-up plot: the best that is not dense, and whether it beats dense."""
-    rivals = summary[~summary["is_dense"] & ~summary["misaligned"] & summary["x_best_dense"].notna()]
-    if rivals.empty:
+    others = summary[~summary["is_dense"] & ~summary["misaligned"] & summary["x_best_dense"].notna()]
+    if others.empty:
         return "Speed of the dense methods against the fastest of them"
-    best = rivals.loc[rivals.groupby("cell")["x_best_dense"].idxmax()]
+    best = others.loc[others.groupby("cell")["x_best_dense"].idxmax()]
     reached = wording.span(best["x_best_dense"], wording.ratio)
     wins = int((best["x_best_dense_ci_low"].fillna(best["x_best_dense"]) > 1).sum())
     if wins == 0:

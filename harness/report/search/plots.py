@@ -1,61 +1,42 @@
-"""The plots of a search: its front, how it got there, what decided, and where the good values lie."""
+"""The plots of a search: the front of its objectives, and what each trial reached."""
 
 from __future__ import annotations
 
 import itertools
+import math
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from harness.report.plots.style import Board, Look, Mark, Plot, line_handle, look
+from harness.report.plots.style import Board, Look, Mark, Plot, Subject, line_handle, look
 from harness.report.points import family, is_dense
-from harness.report.search.words import (
-    View,
-    history,
-    importance_title,
-    parameter_axis,
-    parameter_name,
-    pareto_title,
-    progress_title,
-    slices_title,
-    view_of,
-)
+from harness.report.search.words import View, front_title, history_title, views_of
 from harness.search.outcome import Search
-from harness.sweep.model import Range
+from harness.sweep.model import part_name
 
-PLOT_NAMES = (
-    "optimization_pareto",
-    "optimization_progress",
-    "optimization_importances",
-    "optimization_parameters",
-)
 _FADED = 0.35
 _WHISKER: dict[str, Any] = {"capsize": 2, "elinewidth": 0.9, "capthick": 0.9}
+_LOST = "#D55E00"
 
 
-def draw_search(search: Search, shares: pd.DataFrame, caption: str, folder: Path, tail: str) -> list[Plot]:
-    """Draw the plots that a search supports into `folder/NAME{tail}.png`, in the order people read them.
-
-    `shares` are its importances (`harness.search.importances`), perhaps none.
-    """
+def draw_search(search: Search, caption: str, folder: Path, tail: str) -> list[Plot]:
+    """Draw the plots that a search supports into `folder/NAME{tail}.png`, in the order people read them."""
     if search.measured.empty:
         return []
-    objectives = search.settings.objectives
-    views = [view_of(objective, search.measured[objective.metric]) for objective in objectives]
     plots = []
-    if len(views) > 1:
-        plots.append(pareto_plot(search, views, caption, folder / f"optimization_pareto{tail}.png"))
-    plots.append(progress_plot(search, views, caption, folder / f"optimization_progress{tail}.png"))
-    if not shares.empty:
-        path = folder / f"optimization_importances{tail}.png"
-        plots.append(importance_plot(search, views, shares, caption, path))
-    plots.append(slices_plot(search, views, shares, caption, folder / f"optimization_parameters{tail}.png"))
+    if len(search.settings.objectives) > 1:
+        plots.append(front_plot(search, caption, folder / f"optimization_pareto{tail}.png"))
+    plots.append(history_plot(search, caption, folder / f"optimization_progress{tail}.png"))
     return plots
+
+
+def _subject(search: Search) -> Subject:
+    return Subject(search=part_name(search.part))
 
 
 def _look(line: pd.Series) -> Look:
@@ -64,192 +45,116 @@ def _look(line: pd.Series) -> Look:
 
 
 def _marks(style: Look, **changes: Any) -> dict[str, Any]:
-    """Marks without a line; a dense method is a hexagon here, where K means nothing."""
+    """A marker without a line; a hexagon for a dense method, which has no K."""
     if style.marker:
         return style.marks(**{"linestyle": "", "markersize": 6, **changes})
     hexagon = {"marker": "h", "markersize": 9, "linestyle": "", "markeredgecolor": "white"}
     return {"color": style.color, **hexagon, **changes}
 
 
-def pareto_plot(search: Search, views: list[View], caption: str, path: Path) -> Plot:
+def _thousands(axis: Axis, view: View) -> None:
+    if view.metric == "tokens_per_s":
+        axis.set_major_formatter(EngFormatter(sep=""))
+
+
+def front_plot(search: Search, caption: str, path: Path) -> Plot:
     """Every pair of objectives: trials with intervals, the front, the dense baselines."""
-    pairs = list(itertools.combinations(range(len(views)), 2))[:6]
-    board = Board([""] * len(pairs), columns=min(2, len(pairs)), panel_inches=4.2, share_x=False)
-    good, dense = search.measured, search.baselines
-    for axes, (first, second) in zip(board.axes, pairs, strict=True):
-        up, across = views[first], views[second]
+    views, good = views_of(search), search.measured
+    pairs = list(itertools.combinations(views, 2))[:6]
+    board = Board(
+        [""] * len(pairs),
+        columns=min(2, len(pairs)),
+        panel_inches=4.2,
+        share_x=False,
+        subject=_subject(search),
+    )
+    for axes, (up, across) in zip(board.axes, pairs, strict=True):
         if len(views) == 2:
-            best = good[good["on_front"]].sort_values(across.metric)
-            where: Literal["pre", "post"] = "post" if across.direction == "minimize" else "pre"
-            axes.step(
-                best[across.metric] / across.scale, best[up.metric] / up.scale, where=where,
-                color="#444444", linewidth=1, linestyle=":",
-            )  # fmt: skip
-        for _, line in good.sort_values("on_front").iterrows():
-            style = _look(line)
-            clear = 1.0 if line["on_front"] else _FADED
-            _point(axes, line, up, across, {"alpha": clear, **_marks(style)})
-            board.legend(line_handle(style, linestyle="", markersize=6), f"{style.label}, a trial each")
-        for _, line in dense.iterrows():
-            style = _look(line)
-            _point(axes, line, up, across, {"zorder": 4, **_marks(style, color="#111111")})
-            handle = Line2D([], [], **_marks(style, color="#111111"))
-            board.legend(handle, f"{style.label} baseline of a shape")
-        names = good[good["on_front"]]
-        marks = [_mark(line, up, across, str(line["trial"])) for _, line in names.iterrows()]
-        others = pd.concat([good[~good["on_front"]], dense])
-        board.label(axes, marks + [_mark(line, up, across, "") for _, line in others.iterrows()])
-        axes.margins(0.07, 0.08)
-        for axis, view in ((axes.xaxis, across), (axes.yaxis, up)):
-            if view.metric == "tokens_per_s":
-                axis.set_major_formatter(EngFormatter(sep=""))
+            _step(axes, good[good["on_front"]], up, across)
+        _front_panel(board, axes, search, up, across)
         if len(pairs) > 1:
             axes.set_xlabel(across.axis)
             axes.set_ylabel(up.axis)
     note = "Numbers: trials on the front, as in the table. Faded: another trial is at least as good in all. "
     if good[[f"{view.metric}_ci_low" for view in views]].notna().any().any():
-        note += "Whiskers: 95 % intervals of the measurement; better and worse go by the values alone. "
+        note += "Whiskers: 95 % intervals of the measurement; the front is that of the values alone. "
     missing = len(search.trials) - len(good)
     note += f"{missing} trials without a result within the limits are not drawn." if missing else ""
-    names_once = {"x": views[1].axis, "y": views[0].axis} if len(pairs) == 1 else {}
-    return board.save(path, pareto_title(search), caption, note=note, **names_once)
+    names = {"x": views[1].axis, "y": views[0].axis} if len(pairs) == 1 else {}
+    return board.save(path, front_title(search), caption, note=note, **names)
+
+
+def _step(axes: Axes, best: pd.DataFrame, up: View, across: View) -> None:
+    where: Literal["pre", "post"] = "post" if across.direction == "minimize" else "pre"
+    best = best.sort_values(across.metric)
+    x, y = best[across.metric] / across.scale, best[up.metric] / up.scale
+    axes.step(x, y, where=where, color="#444444", linewidth=1, linestyle=":")
+
+
+def _front_panel(board: Board, axes: Axes, search: Search, up: View, across: View) -> None:
+    for _, line in search.measured.sort_values("on_front").iterrows():
+        style = _look(line)
+        _point(axes, line, up, across, _marks(style, alpha=1.0 if line["on_front"] else _FADED))
+        board.legend(line_handle(style, linestyle="", markersize=6), f"{style.label}, one trial")
+    for _, line in search.baselines.iterrows():
+        black = _marks(_look(line), color="#111111")
+        _point(axes, line, up, across, {"zorder": 4, **black})
+        board.legend(Line2D([], [], **black), f"{_look(line).label}, baseline of a shape")
+    lines = pd.concat([search.measured, search.baselines.assign(on_front=False)])
+    lines = lines.sort_values("on_front", ascending=False, kind="stable")
+    board.label(axes, [_mark(line, up, across) for _, line in lines.iterrows()])
+    axes.margins(0.07, 0.08)
+    _thousands(axes.xaxis, across)
+    _thousands(axes.yaxis, up)
 
 
 def _point(axes: Axes, line: pd.Series, up: View, across: View, marks: dict[str, Any]) -> None:
-    axes.errorbar(
-        [line[across.metric] / across.scale], [line[up.metric] / up.scale],
-        yerr=_interval(line, up), xerr=_interval(line, across), **_WHISKER, **marks,
-    )  # fmt: skip
+    x, y = line[across.metric] / across.scale, line[up.metric] / up.scale
+    axes.errorbar([x], [y], _interval(line, up), _interval(line, across), **_WHISKER, **marks)
 
 
 def _interval(line: pd.Series, view: View) -> list[list[float]] | None:
     low, high = line[f"{view.metric}_ci_low"], line[f"{view.metric}_ci_high"]
-    if low != low or high != high:
+    if math.isnan(low) or math.isnan(high):
         return None
     value = line[view.metric]
     return [[max(0.0, value - low) / view.scale], [max(0.0, high - value) / view.scale]]
 
 
-def _mark(line: pd.Series, up: View, across: View, words: str) -> Mark:
+def _mark(line: pd.Series, up: View, across: View) -> Mark:
     y = line[up.metric] / up.scale
-    ends = _interval(line, up) or [[0.0], [0.0]]
-    return Mark(line[across.metric] / across.scale, y, y - ends[0][0], y + ends[1][0], words)
+    ((below,), (above,)) = _interval(line, up) or [[0.0], [0.0]]
+    text = str(line["trial"]) if line["on_front"] else ""
+    return Mark(line[across.metric] / across.scale, y, y - below, y + above, text)
 
 
-def progress_plot(search: Search, views: list[View], caption: str, path: Path) -> Plot:
-    """Hypervolume over trials, or every value and the best so far of a single objective."""
-    values = history(search)
-    numbers = search.trials["trial"].to_numpy()
-    board = Board([""], columns=1, panel_inches=3.0)
-    axes = board.axes[0]
-    scale = views[0].scale if len(views) == 1 else 1.0
-    axes.step(numbers, values / scale, where="post", color="black", linewidth=1.6)
-    failed = search.trials[~search.trials["feasible"]]
-    if len(views) == 1:
+def history_plot(search: Search, caption: str, path: Path) -> Plot:
+    """Every objective over the trials in the order of measuring, and the best value so far."""
+    views = views_of(search)
+    trials = search.trials
+    board = Board([""] * len(views), columns=1, panel_inches=2.4, subject=_subject(search))
+    for axes, view in zip(board.axes, views, strict=True):
         for _, line in search.measured.iterrows():
-            value, ends = line[views[0].metric] / scale, _interval(line, views[0])
-            axes.errorbar([line["trial"]], [value], yerr=ends, **_WHISKER, **_marks(_look(line)))
-            board.legend(
-                line_handle(_look(line), linestyle="", markersize=6), f"{_look(line).label}, a trial"
-            )
-        board.legend(Line2D([], [], color="black", linewidth=1.6), "best so far")
-        name, note = views[0].axis, ""
-    else:
-        axes.plot(numbers, values, color="black", marker="o", markersize=4, linestyle="")
-        axes.set_ylim(0, 100)
-        name = "hypervolume (% of the box)"
-        note = (
-            "The box: from the best measured value of each objective to one a tenth of the range behind the "
-            "worst. A point alone in its best corner would be 100 %. "
-        )
-    if not failed.empty:
-        floor = axes.get_xaxis_transform()  # x in trials, y in parts of the panel
-        axes.plot(failed["trial"], [0.03] * len(failed), "x", color="#D55E00", transform=floor, clip_on=False)
-        board.legend(Line2D([], [], color="#D55E00", marker="x", linestyle=""), "no result within the limits")
-    axes.set_xlim(0.5, len(numbers) + 0.5)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    title = progress_title(search)
-    return board.save(path, title, caption, x="trial, in the order of measuring", y=name, note=note)
+            style = _look(line)
+            value, ends = line[view.metric] / view.scale, _interval(line, view)
+            axes.errorbar([line["trial"]], [value], ends, **_WHISKER, **_marks(style))
+            board.legend(line_handle(style, linestyle="", markersize=6), f"{style.label}, one trial")
+        best = best_so_far(search, view) / view.scale
+        axes.step(trials["trial"], best, where="post", color="black", linewidth=1.6)
+        lost = trials.loc[~trials["feasible"].astype(bool), "trial"]
+        if not lost.empty:
+            floor = axes.get_xaxis_transform()  # x in trials, y in parts of the panel
+            axes.plot(lost, [0.03] * len(lost), "x", color=_LOST, transform=floor, clip_on=False)
+            board.legend(Line2D([], [], color=_LOST, marker="x", linestyle=""), "no result within the limits")
+        axes.set_xlim(0.5, len(trials) + 0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_ylabel(view.axis.replace(", ", ",\n"))
+        _thousands(axes.yaxis, view)
+    board.legend(Line2D([], [], color="black", linewidth=1.6), "best so far")
+    return board.save(path, history_title(search), caption, x="trial, in the order of measuring")
 
 
-def importance_plot(
-    search: Search, views: list[View], shares: pd.DataFrame, caption: str, path: Path
-) -> Plot:
-    """A bar per parameter and objective, with the range of resampled trials."""
-    names = list(search.varied)
-    board = Board(
-        [view.name for view in views], columns=min(3, len(views)), panel_inches=0.7 + 0.4 * len(names)
-    )
-    for number, (axes, view) in enumerate(zip(board.axes, views, strict=True)):
-        own = shares[shares["objective"] == view.metric].set_index("parameter").loc[names]
-        axes.barh(range(len(names)), 100 * own["share"], color="#7A9CC6", edgecolor="white", height=0.7)
-        for at, (low, high) in enumerate(zip(own["low"], own["high"], strict=True)):
-            axes.plot(
-                [100 * low, 100 * high], [at, at], color="black", linewidth=1.2, marker="|", markersize=7
-            )
-        axes.set_yticks(range(len(names)), [parameter_name(n) if number == 0 else "" for n in names])
-        axes.set_ylim(len(names) - 0.4, -0.6)
-        axes.set_xlim(0, 100)
-        axes.grid(visible=False, axis="y")
-    note = (
-        f"PED-ANOVA over {len(search.measured)} measured trials; bars of a panel add up to 100 %. Lines: "
-        "95 % range over bootstrap resamples of the trials. Says how much, not which way: see the next plot."
-    )
-    x = "share in telling the best quarter of the trials from the rest (%)"
-    return board.save(path, importance_title(search, shares), caption, x=x, note=note)
-
-
-def slices_plot(search: Search, views: list[View], shares: pd.DataFrame, caption: str, path: Path) -> Plot:
-    """Each objective over each parameter: where the good values lie."""
-    names = [name for name in search.varied if name != "selection"] or list(search.varied)
-    names = names[:4]
-    board = Board([""] * (len(names) * len(views)), columns=len(names), panel_inches=2.5, share_x=False)
-    for at, axes in enumerate(board.axes):
-        view, name = views[at // len(names)], names[at % len(names)]
-        places = _places(search, name, axes)
-        for (_, line), x in zip(search.measured.iterrows(), places, strict=True):
-            clear = 1.0 if line["on_front"] else _FADED
-            marks = {"alpha": clear, **_marks(_look(line), markersize=5)}
-            axes.plot([x], [line[view.metric] / view.scale], **marks)
-        if view.metric == "tokens_per_s":
-            axes.yaxis.set_major_formatter(EngFormatter(sep=""))
-        axes.margins(y=0.1)
-        if at // len(names) == len(views) - 1:
-            axes.set_xlabel(parameter_axis(name))
-        if at % len(names) == 0:
-            axes.set_ylabel(view.axis.replace(", ", ",\n"))
-    for _, line in search.measured.drop_duplicates(["method"]).iterrows():
-        style = _look(line)
-        board.legend(line_handle(style, linestyle="", markersize=6), f"{style.label}, a trial each")
-    full = "on the front" if len(views) > 1 else "the best"
-    note = f"Dark: {full}. Faded: the other trials. Samplers crowd what looks good, so empty is not bad."
-    return board.save(path, slices_title(search, shares), caption, note=note)
-
-
-def _places(search: Search, name: str, axes: Axes) -> np.ndarray:
-    """Where the measured trials stand on a parameter's axis, which is set up for it."""
-    values = search.measured["k_pct" if name == "k_frac" else name]
-    axis = search.part.axes[name]
-    if isinstance(axis, Range):
-        scale = 100 if name == "k_frac" else 1
-        low, high = scale * axis.low, scale * axis.high
-        if axis.log:
-            axes.set_xscale("log")
-            axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0) if high / low < 100 else (1.0,)))
-            axes.xaxis.set_minor_locator(NullLocator())
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axes.set_xlim(low / (high / low) ** 0.06, high * (high / low) ** 0.06)
-        else:
-            axes.set_xlim(low - 0.06 * (high - low), high + 0.06 * (high - low))
-        return values.to_numpy(dtype=float)
-    choices = [100 * float(choice) if name == "k_frac" else choice for choice in axis]
-    choices = list(dict.fromkeys(choices))
-    if all(isinstance(choice, int | float) for choice in choices):
-        choices = sorted(choices)
-    labels = [f"{choice:g}" if isinstance(choice, int | float) else str(choice) for choice in choices]
-    axes.set_xticks(range(len(choices)), labels)
-    axes.set_xlim(-0.6, len(choices) - 0.4)
-    if isinstance(choices[0], str):
-        return np.array([choices.index(value) for value in values], dtype=float)
-    off = np.abs(values.to_numpy(dtype=float)[:, None] - np.array(choices, dtype=float)[None, :])
-    return np.asarray(off.argmin(axis=1), dtype=float)  # K is known to whole channels, so nearest, not equal
+def best_so_far(search: Search, view: View) -> pd.Series:
+    """After each trial, the best value of an objective among the feasible trials so far."""
+    values = search.trials[view.metric].where(search.trials["feasible"].astype(bool)).ffill()
+    return values.cummin() if view.direction == "minimize" else values.cummax()

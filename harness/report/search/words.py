@@ -1,10 +1,10 @@
-"""What a search found, in words: names of objectives and parameters, messages of plots, sentences."""
+"""What a search found, in words: names of objectives and parameters, titles of plots, sentences."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-import numpy as np
 import pandas as pd
 
 from harness.report import wording
@@ -13,22 +13,14 @@ from harness.search.outcome import Search, losses_of
 from harness.sweep.metrics import METRICS
 from harness.sweep.model import Objective
 
-_PARAMETERS = {
-    "k_frac": "K (% of d_ffn)",
-    "lr": "learning rate",
-    "batch": "batch (sequences)",
-    "seq_len": "sequence length (tokens)",
-    "tokens": "tokens per step",
-    "preset": "model",
-}
-_SHORT = {"k_frac": "K", "lr": "learning rate", "seq_len": "sequence length", "preset": "model"}
-_NAMES = {
+_PARAMETERS = {"k_frac": "K", "lr": "learning rate", "seq_len": "sequence length", "preset": "model"}
+_OBJECTIVES = {
     "tokens_per_s": "tokens/s trained",
     "perplexity": "validation perplexity",
     "eval_loss_nats": "validation loss (nats/token)",
     "saved_activation_bytes_per_token": "saved bytes per token",
 }
-_WHY = {
+_FAILURES = {
     "oom": "out of memory",
     "unsupported": "not supported",
     "wrong": "wrong or diverged",
@@ -36,8 +28,6 @@ _WHY = {
     "crashed": "crashed",
 }
 _SAMPLERS = {"tpe": "TPE", "nsga2": "NSGA-II", "random": "random draws"}
-# Of the whole hypervolume: what the last third of the trials may add to a search that has come to rest.
-SETTLED_SHARE = 0.01
 
 
 @dataclass(frozen=True)
@@ -60,7 +50,7 @@ class View:
         return f"{self.name}, {'more' if self.direction == 'maximize' else 'less'} is better"
 
     def say(self, value: float) -> str:
-        """A value with its unit, for a sentence: `588 validation perplexity`, `7,300 tokens/s trained`."""
+        """A value with its unit: `588 validation perplexity`, `7,300 tokens/s trained`."""
         if METRICS[self.metric].unit == "bytes":
             return wording.size(value)
         return f"{wording.number(value)} {self.name}"
@@ -68,31 +58,76 @@ class View:
 
 def view_of(objective: Objective, values: pd.Series) -> View:
     """How to show an objective with these values."""
-    unit, scale = METRICS[objective.metric].unit, 1.0
-    name = _NAMES.get(objective.metric)
+    metric, unit, scale = objective.metric, METRICS[objective.metric].unit, 1
     if unit == "bytes":
         unit, scale = wording.byte_unit(float(values.max())) if values.notna().any() else ("B", 1)
-    if name is None and objective.metric.startswith("peak_"):
-        name = f"{wording.peak_name(objective.metric)} ({unit})"
-    return View(
-        objective.metric,
-        name or f"{objective.metric.replace('_', ' ')} ({unit})",
-        float(scale),
-        objective.direction,
-    )
+    name = _OBJECTIVES.get(metric) or f"{metric.replace('_', ' ')} ({unit})"
+    if metric.startswith("peak_"):
+        name = f"{wording.peak_name(metric)} ({unit})"
+    return View(metric, name, float(scale), objective.direction)
 
 
-def parameter_axis(name: str) -> str:
-    """A parameter with its unit, for an axis."""
-    return _PARAMETERS.get(name, name.replace("_", " "))
+def views_of(search: Search) -> list[View]:
+    """How to show the objectives of a search."""
+    trials = search.measured if len(search.measured) else search.trials
+    return [view_of(objective, trials[objective.metric]) for objective in search.settings.objectives]
 
 
 def parameter_name(name: str) -> str:
     """A parameter in a sentence or a table."""
-    return _SHORT.get(name, name.replace("_", " "))
+    return _PARAMETERS.get(name, name.replace("_", " "))
 
 
-def setting(search: Search, line: pd.Series) -> str:
+def best_first(lines: pd.DataFrame, view: View) -> pd.DataFrame:
+    """The lines sorted by an objective, the best one first."""
+    return lines.sort_values(view.metric, ascending=view.direction == "minimize", kind="stable")
+
+
+def scope_sentence(search: Search, pruned: int) -> str:
+    """What was searched, how, and how the trials ended; `pruned` trainings were stopped early."""
+    trials, settings = search.trials, search.settings
+    goals = [
+        f"{'most' if view.direction == 'maximize' else 'least'} {view.plain}" for view in views_of(search)
+    ]
+    counts = [f"{len(search.measured)} measured"]
+    limited = trials["status"].isin(("ok", "unstable")) & ~trials["feasible"]
+    ends = [(int(limited.sum()), "beyond a limit")]
+    ends += [(int((trials["status"] == status).sum()), words) for status, words in _FAILURES.items()]
+    ends.append((pruned, f"stopped early by the {settings.pruner} rule (they have no row)"))
+    counts += [f"{count} {words}" for count, words in ends if count]
+    names = wording.listing([parameter_name(name) for name in search.varied])
+    return (
+        f"A search by {_SAMPLERS[settings.sampler]} over {names} for {wording.listing(goals)}: "
+        f"{len(trials) + pruned} trials, of which {wording.listing(counts)}."
+    )
+
+
+def best_sentence(search: Search) -> str:
+    """The best trial, or the best trial on the front in each objective."""
+    good, views = search.measured, views_of(search)
+    if good.empty:
+        return "No trial was measured within its limits, so there is no best trial."
+    if len(views) == 1:
+        line = best_first(good, views[0]).iloc[0]
+        low, high = (line[f"{views[0].metric}_ci_{end}"] for end in ("low", "high"))
+        interval = (
+            "" if math.isnan(low) else f" (95 % interval {wording.number(low)} to {wording.number(high)})"
+        )
+        value = views[0].say(line[views[0].metric])
+        return f"The best is trial {line['trial']}, with {value}{interval}: {_setting(search, line)}."
+    best = good[good["on_front"]]
+    ends = []
+    for view in views:
+        line = best_first(best, view).iloc[0]
+        values = wording.listing([each.say(line[each.metric]) for each in views])
+        ends.append(f"trial {line['trial']} ({values}; {_setting(search, line)})")
+    return (
+        f"{len(best)} of {len(good)} measured trials are on the front (no other trial is as good in"
+        f" everything and better in something); best in each objective: {'; '.join(dict.fromkeys(ends))}."
+    )
+
+
+def _setting(search: Search, line: pd.Series) -> str:
     """What a trial varied: `K = 31.2 %, batch 8, learning rate 0.0031`."""
     parts = []
     for name in search.varied:
@@ -107,248 +142,107 @@ def setting(search: Search, line: pd.Series) -> str:
     return ", ".join(parts)
 
 
-def scope_sentence(search: Search, pruned: int) -> str:
-    """What was searched, how, and how the trials ended."""
-    trials, settings = search.trials, search.settings
-    goals = [
-        f"{'most' if o.direction == 'maximize' else 'least'} {view_of(o, trials[o.metric]).plain}"
-        for o in settings.objectives
-    ]
-    counts = [f"{len(search.measured)} measured"]
-    limited = trials[trials["status"].isin(("ok", "unstable")) & ~trials["feasible"]]
-    if len(limited):
-        counts.append(f"{len(limited)} beyond a limit")
-    for status, why in _WHY.items():
-        count = int((trials["status"] == status).sum())
-        if count:
-            counts.append(f"{count} {why}")
-    if pruned:
-        counts.append(f"{pruned} given up early by the {settings.pruner} rule (they have no row)")
-    names = wording.listing([parameter_name(name) for name in search.varied])
-    return (
-        f"A search by {_SAMPLERS[settings.sampler]} over {names} for {wording.listing(goals)}: "
-        f"{len(trials) + pruned} trials, of which {wording.listing(counts)}."
-    )
-
-
-def best_sentence(search: Search) -> str:
-    """The best trial, or both ends of the front."""
+def k_sentence(search: Search) -> str:
+    """Which K the trials on the front (or the best trial) have, of all K that were measured."""
     good = search.measured
-    if good.empty:
-        return "No trial was measured within its limits, so there is no best one."
-    objectives = search.settings.objectives
-    views = [view_of(objective, good[objective.metric]) for objective in objectives]
-    if len(objectives) == 1:
-        line = best_by(good, objectives[0])
-        low, high = (line[f"{objectives[0].metric}_ci_{end}"] for end in ("low", "high"))
-        interval = f" (95 % interval {wording.number(low)} to {wording.number(high)})" if low == low else ""
-        return (
-            f"Best is trial {line['trial']}, with {views[0].say(line[objectives[0].metric])}{interval}: "
-            f"{setting(search, line)}."
-        )
-    ends = []
-    for objective in objectives:
-        line = best_by(good[good["on_front"]], objective)
-        values = wording.listing([view.say(line[view.metric]) for view in views])
-        ends.append(f"trial {line['trial']} ({values}; {setting(search, line)})")
-    count = int(good["on_front"].sum())
-    return (
-        f"{count} of {len(good)} measured trials are on the front (no other trial is as good in everything "
-        f"and better in something); best in each objective: {'; '.join(dict.fromkeys(ends))}."
-    )
-
-
-def best_by(lines: pd.DataFrame, objective: Objective) -> pd.Series:
-    """The line with the best value of an objective."""
-    ordered = lines.sort_values(objective.metric, ascending=objective.direction == "minimize", kind="stable")
-    return ordered.iloc[0]
-
-
-def against_dense_counts(search: Search) -> tuple[int, int, int]:
-    """Trials on the front, how many of them some dense baseline beats, and baselines that no trial beats."""
-    best = search.measured[search.measured["on_front"]]
-    rivals = losses_of(search.settings, search.baselines)
-    beaten = pareto.dominated(losses_of(search.settings, best), rivals)
-    return len(best), int(beaten.sum()), int(search.baselines["on_front"].sum())
+    if "k_frac" not in search.varied or good.empty:
+        return ""
+    best = good.loc[good["on_front"], "k_pct"]
+    where = "The best trial has" if len(best) == 1 else "The trials on the front have"
+    kept, tried = (wording.span(values, wording.percent) for values in (best, good["k_pct"]))
+    return f"{where} K = {kept}; the measured trials have K = {tried}."
 
 
 def dense_sentence(search: Search) -> str:
-    """The front against the dense baselines, overall and shape by shape."""
-    count, beaten, unbeaten = against_dense_counts(search)
-    dense = len(search.baselines)
-    if not dense or not count:
+    """The front against the dense baselines, shape by shape and all together."""
+    best, dense = search.measured[search.measured["on_front"]], search.baselines
+    if best.empty or dense.empty:
         return "No dense baseline was measured, so nothing here says whether sparsity pays."
-    best = search.measured[search.measured["on_front"]]
     clauses = []
     speeds = best["speed_vs_dense"].dropna()
     if not speeds.empty:
         how = "paired" if best["speed_paired"].all() else "unpaired: each in a process of its own"
         clauses.append(f"{wording.span(speeds, wording.ratio)} its speed ({how})")
-    for objective in search.settings.objectives:
-        ratios = best[f"{objective.metric}_vs_dense"].dropna()
-        if not ratios.empty:
-            view = view_of(objective, best[objective.metric])
-            percent = wording.span(100 * (ratios - 1), lambda value: f"{wording.signed(value, 1)} %")
+    for view in views_of(search):
+        changes = 100 * (best[f"{view.metric}_vs_dense"].dropna() - 1)
+        if not changes.empty:
+            percent = wording.span(changes, lambda value: f"{wording.signed(value, 1)} %")
             clauses.append(f"{percent} in {view.plain}")
-    name = search.settings.baseline
+    name, beaten = search.settings.baseline, beaten_by_dense(search)
     shape = f"Against {name} of the same shape: {wording.listing(clauses)}. " if clauses else ""
-    baselines = f"{dense} {name} baseline{'s' * (dense > 1)}"
-    if count == 1:
+    baselines = f"{len(dense)} {name} baseline{'s' * (len(dense) > 1)}"
+    if len(best) == 1:
         verdict = "Some baseline beats" if beaten else "No baseline beats"
-        return f"{shape}{verdict} the best trial ({baselines})." + tuned_note(search)
+        return f"{shape}{verdict} the best trial ({baselines}).{_tuning_note(search)}"
+    unbeaten = int(dense["on_front"].sum())
     return (
-        f"{shape}Taken together with the {baselines}: {beaten} of the {count} trials on the front "
-        f"{'is' if beaten == 1 else 'are'} beaten by a baseline in everything, and {unbeaten} of the "
-        f"baselines by no trial.{tuned_note(search)}"
+        f"{shape}Of the {len(best)} trials on the front, {beaten} {'is' if beaten == 1 else 'are'} beaten in"
+        f" everything by one of the {baselines}; {unbeaten} of the baselines are beaten by no"
+        f" trial.{_tuning_note(search)}"
     )
 
 
-def tuned_note(search: Search) -> str:
-    """That baselines share one learning rate while trials have their own."""
-    if "lr" not in search.varied or search.baselines.empty:
+def beaten_by_dense(search: Search) -> int:
+    """How many trials on the front some dense baseline beats."""
+    best = search.measured[search.measured["on_front"]]
+    settings = search.settings
+    return int(pareto.dominated(losses_of(settings, best), losses_of(settings, search.baselines)).sum())
+
+
+def _tuning_note(search: Search) -> str:
+    """That all baselines have one learning rate, if each trial has its own."""
+    if "lr" not in search.varied:
         return ""
     rate = search.baselines["lr"].iloc[0]
     return (
-        f" The baselines were trained at learning rate {rate:g}, the middle of the range, while trials choose"
-        " theirs: that flatters the trials; list the dense method among the methods to tune it as well."
+        f" The baselines were trained at learning rate {rate:g}, the middle of the range, while each trial"
+        " has its own: that favours the trials; list the dense method among the methods to tune it as well."
     )
 
 
-def history(search: Search) -> np.ndarray:
-    """After each trial: share of the hypervolume (%), or the best value of a single objective so far."""
-    objectives = search.settings.objectives
-    points = losses_of(search.settings, search.trials)
-    points[~search.trials["feasible"].to_numpy(dtype=bool)] = np.nan
-    if len(objectives) > 1:
-        return 100 * pareto.hypervolume_history(points)
-    best = np.fmin.accumulate(points[:, 0])
-    return -best if objectives[0].direction == "maximize" else best
-
-
-def progress_title(search: Search) -> str:
-    """Message of the progress plot: whether the search had come to rest."""
-    values = history(search)
-    known = values[~np.isnan(values)]
-    if known.size == 0:
-        return "No trial was measured within its limits"
-    steps = np.flatnonzero(np.diff(values, prepend=np.nan) != 0)
-    last = int(search.trials["trial"].iloc[steps[-1]]) if steps.size else 1
-    total = len(values)
-    if len(search.settings.objectives) == 1:
-        return f"The best trial came as number {last} of {total} with a row"
-    before = values[max(0, total - 1 - total // 3)]
-    gained = 1 - (0 if before != before else before) / values[-1]
-    if gained <= SETTLED_SHARE:
-        return f"The front had come to rest: the last third of {total} trials added {100 * gained:.1f} %"
-    return f"The front was still growing: the last third of {total} trials added {100 * gained:.1f} %"
-
-
-def pareto_title(search: Search) -> str:
-    """Message of the Pareto plot."""
-    count, beaten, _ = against_dense_counts(search)
-    dense = len(search.baselines)
-    share = f"{count} of {len(search.measured)} trials are on the front"
-    if not dense:
+def front_title(search: Search) -> str:
+    """Title of the plot of the front."""
+    good, name = search.measured, search.settings.baseline
+    count, beaten = int(good["on_front"].sum()), beaten_by_dense(search)
+    share = f"{count} of {len(good)} trials are on the front"
+    if search.baselines.empty:
         return share
-    name = search.settings.baseline
     if beaten == 0:
         return f"{share}; {name} beats none of them in everything"
     return f"{share}; {name} beats {beaten if beaten < count else 'all'} of them in everything"
 
 
-def importance_sentence(search: Search, shares: pd.DataFrame) -> str:
-    """Which parameter decides each objective, with its interval; empty if too few trials were measured."""
-    clauses = []
-    for objective in search.settings.objectives:
-        own = shares[shares["objective"] == objective.metric]
-        if own.empty:
-            continue
-        first, name = own.iloc[0], parameter_name(own.iloc[0]["parameter"])
-        share = f"{100 * first['share']:.0f} %"
-        bounds = f"95 % range {100 * first['low']:.0f} to {100 * first['high']:.0f}"
-        view = view_of(objective, search.measured[objective.metric])
-        if _decides(own):
-            clauses.append(f"{name} most for {view.plain} ({share}, {bounds})")
-        else:
-            clauses.append(f"nothing clearly for {view.plain} ({name} has {share}, {bounds})")
-    said = f"What tells the best quarter of the trials from the rest: {'; '.join(clauses)}."
-    return said if clauses else ""
-
-
-def _decides(shares: pd.DataFrame) -> bool:
-    """Whether the first parameter of an objective leads however the trials are resampled."""
-    return bool(shares["low"].iloc[0] > shares["share"].iloc[1:].max())
-
-
-def importance_title(search: Search, shares: pd.DataFrame) -> str:
-    """Message of the importance plot; a parameter decides only where resampling leaves no other as large."""
-    sure: dict[str, list[str]] = {}
-    unsure = []
-    for objective in search.settings.objectives:
-        own = shares[shares["objective"] == objective.metric]
-        what = view_of(objective, search.measured[objective.metric]).plain
-        name = parameter_name(own.iloc[0]["parameter"])
-        if _decides(own):
-            sure.setdefault(name, []).append(what)
-        else:
-            unsure.append(what)
-    clauses = [f"{name} decides most about {wording.listing(what)}" for name, what in sure.items()]
-    if unsure:
-        clauses.append(f"what decides {wording.listing(unsure)} is not clear from so few trials")
-    return _upper("; ".join(clauses))
-
-
-def slices_title(search: Search, shares: pd.DataFrame) -> str:
-    """Message of the plot of objectives over parameters: where the best quarter lies."""
-    clauses = []
-    for objective in search.settings.objectives:
-        own = shares[shares["objective"] == objective.metric]
-        if own.empty:
-            continue
-        name = str(own.iloc[0]["parameter"])
-        ordered = search.measured.sort_values(objective.metric, ascending=objective.direction == "minimize")
-        best = ordered.head(max(1, len(ordered) // 4))
-        view = view_of(objective, search.measured[objective.metric])
-        clauses.append(f"{view.plain}: {parameter_name(name)} {_range(best, name)}")
-    return f"Best quarter by {'; by '.join(clauses)}" if clauses else "Where the good values lie"
-
-
-def _range(best: pd.DataFrame, name: str) -> str:
-    if name == "k_frac":
-        return f"{wording.span(best['k_pct'], lambda value: f'{value:.3g}')}\N{NO-BREAK SPACE}%"
-    values = best[name]
-    if isinstance(values.iloc[0], str):
-        counts = values.value_counts()
-        several = len(counts) > 1
-        return wording.listing(
-            [f"{value} ({count})" if several else str(value) for value, count in counts.items()]
-        )
-    return wording.span(values.astype(float), lambda value: f"{value:.3g}")
-
-
-def _upper(words: str) -> str:
-    return words[:1].upper() + words[1:]
+def history_title(search: Search) -> str:
+    """Title of the plot over trials: how late the best trials came."""
+    trials = search.trials
+    best = trials.loc[trials["on_front"], "trial"]
+    if best.empty:
+        return "No trial was measured within its limits"
+    total = len(trials)
+    if len(search.settings.objectives) == 1:
+        return f"The best trial is number {best.iloc[0]} of {total}"
+    late = int((best > total - total // 3).sum())
+    return f"{late} of the {len(best)} trials on the front are among the last {total // 3} of {total} trials"
 
 
 def hedge_sentence(search: Search) -> str:
-    """What these numbers cannot carry."""
-    hedges = []
-    seeds = len(search.part.seeds)
-    if search.part.workload == "pretrain":
-        if seeds == 1:
-            hedges.append("each trial is one training with one seed, and the best of many is partly luck")
-        else:
-            hedges.append(f"each trial is the mean over {seeds} seeds, and the best of many is partly luck")
-        hedges.append("short trainings order settings otherwise than long ones do")
-    elif seeds == 1:
-        hedges.append("each trial was measured once, and the best of many is partly luck")
-    return f"{_upper('; '.join(hedges))}: measure the chosen trials again with new seeds." if hedges else ""
+    """What these numbers cannot show."""
+    seeds, trained = len(search.part.seeds), search.part.workload == "pretrain"
+    if not trained and seeds > 1:
+        return ""
+    once = "is one training with one seed" if trained else "was measured once"
+    how = once if seeds == 1 else f"is the mean over {seeds} seeds"
+    short = "; short trainings rank settings differently from long ones" if trained else ""
+    return (
+        f"Each trial {how}, and the best of many is partly luck{short}: measure the chosen trials again with"
+        " new seeds."
+    )
 
 
-def sentences(search: Search, pruned: int, shares: pd.DataFrame) -> list[str]:
+def sentences(search: Search, pruned: int) -> list[str]:
     """What a search found, one or two sentences an item."""
     found = [scope_sentence(search, pruned), best_sentence(search)]
     if not search.measured.empty:
-        found += [dense_sentence(search), f"{progress_title(search)}.", importance_sentence(search, shares)]
+        found += [k_sentence(search), dense_sentence(search), f"{history_title(search)}."]
     found.append(hedge_sentence(search))
     return [sentence for sentence in found if sentence]

@@ -10,10 +10,11 @@ from typer.testing import CliRunner
 
 from harness.cli import app, crossover
 from harness.errors import UserError
-from harness.report.build import write_report
-from harness.report.crossover import crossover_table, crossovers, independent_union
+from harness.report.build import read_results, write_report
+from harness.report.crossover import crossover_table, independent_union
 from harness.report.plots.crossover import crossover_plot, union_curves
 from harness.report.points import point_table
+from harness.report.tables import tables_of
 from harness.store.files import Store
 
 TOPK = "topk:0.1875"
@@ -52,7 +53,7 @@ def unions(preset: str, rule: str, curve: list[float]) -> tuple[list[dict], pd.D
 
 
 def only(rows: pd.DataFrame) -> pd.Series:
-    found = crossovers(rows)
+    found = tables_of(rows).crossovers
     assert len(found) == 1
     return found.iloc[0]
 
@@ -93,10 +94,10 @@ def test_lines_are_apart_by_workload_length_rule_and_device() -> None:
         *decoding({1: 1.3, 2: 1.1}, workload="generate"),
         *decoding({1: 1.3}, "nm:12:64", workload="generate"),
     )
-    found = crossovers(rows)
+    found = tables_of(rows).crossovers
     assert len(found) == 4
     assert set(found["workload"]) == {"ffn_decode", "generate"}
-    assert crossovers(frame()).empty
+    assert tables_of(frame()).crossovers.empty
 
 
 def test_the_table_says_it_in_words() -> None:
@@ -106,7 +107,7 @@ def test_the_table_says_it_in_words() -> None:
         *decoding({1: 0.9, 2: 0.8}, "nm:2:8"),
         *decoding({1: 1.3, 2: 1.1}, workload="generate"),
     )
-    table = crossover_table(crossovers(rows)).set_index(["workload", "selection"])
+    table = crossover_table(tables_of(rows).crossovers).set_index(["workload", "selection"])
     assert table.loc[("ffn_decode", TOPK), "wins up to batch"] == "1"
     assert table.loc[("ffn_decode", "nm:2:8"), "wins up to batch"] == "none"
     assert table.loc[("generate", TOPK), "wins up to batch"] == "2 (all measured)"
@@ -137,12 +138,12 @@ def test_the_plot_says_up_to_where_it_wins(tmp_path: Path) -> None:
     """The title names the crossover of the lead series, and a measured union is in the note's words."""
     model, samples = unions("60m", TOPK, [0.19, 0.33, 0.4, 0.5])
     rows = frame(*decoding({1: 2.0, 2: 1.5, 4: 0.8}), model)
-    drawn = crossover_plot(rows, point_table(rows), samples, "made up", tmp_path / "x.png")
+    drawn = crossover_plot(tables_of(rows, samples), "made up", tmp_path / "x.png")
     assert drawn is not None
     assert drawn.title == "moc topk beats the fastest dense decoding up to batch 2 with one FFN"
     assert drawn.path.stat().st_size > 20_000
     rows = frame(*decoding({4: 0.8}))
-    assert crossover_plot(rows, point_table(rows), samples, "made up", tmp_path / "y.png") is None
+    assert crossover_plot(tables_of(rows, samples), "made up", tmp_path / "y.png") is None
 
 
 def stored(folder: Path, *points: list[dict]) -> Path:
@@ -155,11 +156,11 @@ def stored(folder: Path, *points: list[dict]) -> Path:
 def test_the_report_holds_table_and_plot(tmp_path: Path) -> None:
     """A sweep that decodes several batches has the crossover in its report; another one has not."""
     folder = stored(tmp_path / "r", *decoding({1: 2.0, 2: 1.5, 4: 0.8}))
-    written = {path.name for path in write_report(folder)}
+    written = {path.name for path in write_report(read_results(folder))}
     assert "batch_crossover.png" in written
     assert "Up to which batch it decodes faster" in (folder / "report.md").read_text(encoding="utf-8")
     single = stored(tmp_path / "s", *decoding({1: 2.0}))
-    assert "batch_crossover.png" not in {path.name for path in write_report(single)}
+    assert "batch_crossover.png" not in {path.name for path in write_report(read_results(single))}
 
 
 def test_the_verb_reads_folders_together(tmp_path: Path) -> None:

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
-from synthetic_rows import CPU, GPU, around, frame, gpu_rows, point, quality, quick_rows
+from synthetic_rows import (
+    CPU,
+    GPU,
+    around,
+    frame,
+    gpu_rows,
+    point,
+    quality,
+    quick_rows,
+    write_results,
+)
 
 from harness.report import wording
+from harness.report.build import conclusions, read_results
 from harness.report.findings import findings
-from harness.report.points import best_dense, is_dense, point_table
+from harness.report.points import is_dense, point_table
 from harness.report.present import workload_table
 from harness.report.summary import failures, headline_table, lead_lines, summarise
+from harness.report.tables import tables_of
 
 TOPK = "topk:0.1875"
 
@@ -25,6 +38,11 @@ def line(rows: pd.DataFrame, method: str = "moc_reference", **where: Any) -> pd.
         table = table[table[name] == value]
     assert len(table) == 1
     return table.iloc[0]
+
+
+def findings_of(rows: pd.DataFrame) -> list[str]:
+    """What some rows of one device show."""
+    return findings(tables_of(rows))
 
 
 def trained(rate: float, loss: float = 4.0, peak: float = 10e9, **more: float) -> dict[str, Any]:
@@ -81,7 +99,7 @@ def test_a_noisy_ratio_is_called_noisy() -> None:
             point("dense", None, {"tokens_per_s": around(1000, share)}),
             point("moc_reference", TOPK, {"tokens_per_s": around(500, 0.01)}),
         )
-        assert any("measure again on a quiet machine" in s for s in findings(rows)) is expected
+        assert any("measure again on a quiet machine" in s for s in findings_of(rows)) is expected
 
 
 def test_measured_paired_ratio_wins_over_the_quotient() -> None:
@@ -158,7 +176,7 @@ def test_memory_falls_back_to_the_fastest_dense_if_none_is_as_fast() -> None:
     found = line(rows)
     assert not found["dense_as_fast"]
     assert found["memory_change"] == pytest.approx(-0.4)
-    assert any("40 % below dense, the fastest dense method (none is as fast)" in s for s in findings(rows))
+    assert any("40 % below dense, the fastest dense method (none is as fast)" in s for s in findings_of(rows))
 
 
 def test_perplexity_difference_in_nats_and_percent() -> None:
@@ -167,6 +185,28 @@ def test_perplexity_difference_in_nats_and_percent() -> None:
     assert found["loss_gap"] == pytest.approx(0.01)
     assert found["perplexity_change"] == pytest.approx(100 * (math.exp(0.01) - 1))
     assert found["loss_gap_ci_high"] - found["loss_gap"] == pytest.approx(0.02 * math.sqrt(2))
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 3])
+def test_a_summary_has_the_means_and_intervals_of_its_groups(seeds: int) -> None:
+    """Group by group: the mean over seeds, and the t interval from three seeds on, else the mean bounds."""
+    points = point_table(quick_rows(seeds))
+    table = summarise(points)
+    groups = dict(list(points.groupby(["cell", "method", "selection"])))
+    assert len(table) == len(groups)
+    for _, found in table.iterrows():
+        group = groups[found["cell"], found["method"], found["selection"]]
+        assert found["seeds"] == seeds
+        for name in ("tokens_per_s", "loss_gap", "x_best_dense", "parameters"):
+            values = group[name]
+            assert found[name] == pytest.approx(values.mean(), nan_ok=True)
+            if seeds == 3:
+                half = 4.302653 * values.std() / math.sqrt(3)
+                low, high = values.mean() - half, values.mean() + half
+            else:
+                low, high = (group[f"{name}_ci_{end}"].mean() for end in ("low", "high"))
+            ends = [found[f"{name}_ci_low"], found[f"{name}_ci_high"]]
+            assert ends == pytest.approx([low, high], nan_ok=True, rel=1e-6)
 
 
 def test_three_seeds_give_a_t_interval_of_paired_differences() -> None:
@@ -180,7 +220,7 @@ def test_three_seeds_give_a_t_interval_of_paired_differences() -> None:
     assert found["seeds"] == 3
     assert found["loss_gap"] == pytest.approx(0.02)
     assert found["loss_gap_ci_high"] == pytest.approx(0.02 + 4.302652729 * 0.01 / math.sqrt(3))
-    sentences = " ".join(findings(frame(*points)))
+    sentences = " ".join(findings_of(frame(*points)))
     assert "95 % over 3 seeds" in sentences
     assert "one seed" not in sentences
 
@@ -191,7 +231,7 @@ def test_a_lone_setting_of_one_seed_hedges_no_claim_about_another() -> None:
     for seed in range(3):
         points.append(point("dense", None, trained(1000), seed=seed))
         points.append(point("moc_reference", TOPK, trained(500), seed=seed))
-    assert "one seed" not in " ".join(findings(frame(*points)))
+    assert "one seed" not in " ".join(findings_of(frame(*points)))
 
 
 @pytest.mark.parametrize(
@@ -221,16 +261,6 @@ def test_failed_dense_method_is_no_baseline() -> None:
     assert list(failures(point_table(rows))["method"]) == ["dense_compiled"]
 
 
-def test_best_dense_follows_the_direction_of_the_metric() -> None:
-    """Most tokens/s, fewest bytes, one line per cell and seed; a metric without direction is refused."""
-    rows = three()
-    assert list(best_dense(rows, "tokens_per_s")["method"]) == ["dense_compiled"]
-    assert best_dense(rows, "peak_allocated_bytes")["peak_allocated_bytes"].tolist() == [20e9]
-    assert best_dense(rows, "step_ms").empty
-    with pytest.raises(ValueError, match="'flops' has no better direction"):
-        best_dense(rows, "flops")
-
-
 def test_a_factory_is_not_taken_for_a_dense_method() -> None:
     """Only registered exact dense methods may be the baseline."""
     assert is_dense("dense_recompute", None)
@@ -248,10 +278,10 @@ def test_headline_leaves_out_misaligned_and_failed_points() -> None:
         point("dense", None, trained(1000), preset="paper-1b"),
         point("moc_reference", TOPK, trained(2000), preset="paper-1b"),
     )
-    table = headline_table(rows)
+    table = headline_table(tables_of(rows).summary)
     assert list(table["method"]) == ["dense", "moc_reference"]
     assert set(table["d_ffn"]) == {1408}
-    sentences = findings(rows)
+    sentences = findings_of(rows)
     assert any("0.50x" in sentence for sentence in sentences)
     assert not any("2.00x" in sentence for sentence in sentences)
     assert any(s.startswith("Misaligned shapes (paper-1b:") for s in sentences)
@@ -260,7 +290,7 @@ def test_headline_leaves_out_misaligned_and_failed_points() -> None:
 
 def test_headline_takes_saved_bytes_of_the_same_layer() -> None:
     """Saved bytes measured on one FFN layer stand beside the whole model of the same shape and rule."""
-    table = headline_table(gpu_rows())
+    table = headline_table(tables_of(gpu_rows()).summary)
     assert set(table["workload"]) == {"pretrain"}
     saved = table.set_index(["method", "selection", "seq_len"])["saved_bytes_per_token"]
     assert saved["dense", "", 256] == 2 * (512 + 4 * 1408)
@@ -273,15 +303,15 @@ def test_headline_of_a_sweep_without_training_is_the_ffn_layer() -> None:
         point("dense", None, {"step_ms": 2.0}, workload="ffn_train", tokens=4096),
         point("moc_reference", TOPK, {"step_ms": 4.0}, workload="ffn_train", tokens=4096),
     )
-    table = headline_table(rows)
+    table = headline_table(tables_of(rows).summary)
     assert table["tokens_per_s"].tolist() == [2_048_000, 1_024_000]
     assert table["x_best_dense"].tolist() == [1.0, 0.5]
 
 
 def test_memory_is_named_for_what_it_is_on_each_device() -> None:
     """CUDA rows speak of allocated memory, CPU rows of the resident set, which says nothing of a GPU."""
-    on_gpu = " ".join(findings(gpu_rows()))
-    on_cpu = " ".join(findings(quick_rows()))
+    on_gpu = " ".join(findings_of(gpu_rows()))
+    on_cpu = " ".join(findings_of(quick_rows()))
     assert "peak allocated memory" in on_gpu
     assert "resident" not in on_gpu
     assert "peak resident memory over start" in on_cpu
@@ -292,7 +322,7 @@ def test_memory_is_named_for_what_it_is_on_each_device() -> None:
 
 def test_sentences_carry_the_figures() -> None:
     """One setting: ratio, speeds, memory saving, both quality differences, and that it is unpaired."""
-    joined = " ".join(findings(three()))
+    joined = " ".join(findings_of(three()))
     for words in (
         "at 0.75x the speed of the fastest dense method of the same run (dense_compiled; 1,500 against",
         "2,000 tokens/s, unpaired: each was measured in a process of its own",
@@ -309,11 +339,11 @@ def test_sentences_carry_the_figures() -> None:
 def test_a_clear_difference_is_not_called_none() -> None:
     """A gap of 0.1 nats with an interval of 0.03 is a difference."""
     rows = frame(point("dense", None, trained(1000, 4.0)), point("moc_reference", TOPK, trained(900, 4.1)))
-    assert not any("no difference shows" in sentence for sentence in findings(rows))
+    assert not any("no difference shows" in sentence for sentence in findings_of(rows))
 
 
 def test_short_runs_are_called_short() -> None:
-    """Tokens per parameter are given, with the warning that short runs flatter sparsity, only where true."""
+    """Tokens per parameter are given, with the warning that short runs favour sparsity, only where true."""
     short = {"parameters": 58e6, "train_tokens_seen": 40e6}
     long = {"parameters": 58e6, "train_tokens_seen": 58e6 * 25}
     for counts, expected in ((short, True), (long, False)):
@@ -321,14 +351,14 @@ def test_short_runs_are_called_short() -> None:
             point("dense", None, trained(1000, **counts)),
             point("moc_reference", TOPK, trained(500, **counts)),
         )
-        assert any("0.69 tokens per parameter" in s and "flatter" in s for s in findings(rows)) is expected
+        assert any("0.69 tokens per parameter" in s and "favour" in s for s in findings_of(rows)) is expected
 
 
 def test_paired_ratios_are_called_paired() -> None:
     """FFN sentences name the paired ratio with its interval, and the saved bytes."""
     rows = gpu_rows()
     ffn = rows[(rows["workload"] == "ffn_train") & (rows["preset"] == "60m")]
-    speed, memory, *_ = findings(ffn)
+    speed, memory, *_ = findings_of(ffn)
     assert "at 0.39x the speed of the fastest dense method" in speed
     assert "paired ratio, 95 % interval 0.384 to 0.389" in speed
     assert "unpaired" not in speed
@@ -339,27 +369,27 @@ def test_paired_ratios_are_called_paired() -> None:
 
 def test_no_dense_method_supports_no_comparison() -> None:
     """Without a dense method there is a plain statement and no ratio."""
-    sentences = findings(frame(point("moc_reference", TOPK, trained(500))))
+    sentences = findings_of(frame(point("moc_reference", TOPK, trained(500))))
     assert any("no dense method was measured" in sentence for sentence in sentences)
     assert not any("x the speed" in sentence for sentence in sentences)
 
 
 def test_only_dense_and_only_misaligned_are_said() -> None:
     """A run with nothing sparse, and one with misaligned shapes alone, each say why nothing is judged."""
-    only_dense = findings(frame(point("dense", None, trained(500))))
+    only_dense = findings_of(frame(point("dense", None, trained(500))))
     assert any("only dense methods" in sentence for sentence in only_dense)
-    off = findings(frame(point("dense", None, trained(500), preset="paper-1b")))
+    off = findings_of(frame(point("dense", None, trained(500), preset="paper-1b")))
     assert any("only misaligned shapes" in sentence for sentence in off)
 
 
 def test_no_rows_and_only_failures_give_no_claims() -> None:
     """Empty rows say nothing; rows that all failed say only that."""
-    assert findings(frame()) == []
-    sentences = findings(frame(point("dense", status="timeout", detail="300 s")))
+    assert findings_of(frame()) == []
+    sentences = findings_of(frame(point("dense", status="timeout", detail="300 s")))
     assert sentences == ["1 of 1 points failed (1 timeout); they are listed below."]
 
 
-def test_devices_speak_one_after_the_other() -> None:
+def test_devices_speak_one_after_the_other(tmp_path: Path) -> None:
     """Rows of two devices give sentences that each name their device, with ratios inside a device only."""
     rows = frame(
         point("dense", None, trained(1000)),
@@ -367,7 +397,7 @@ def test_devices_speak_one_after_the_other() -> None:
         point("dense", None, {"tokens_per_s": 10.0}, device=CPU),
         point("moc_reference", TOPK, {"tokens_per_s": 8.0}, device=CPU),
     )
-    sentences = findings(rows)
+    sentences = conclusions(read_results(write_results(tmp_path, rows)))
     assert all(sentence.startswith((f"{GPU}: ", f"{CPU}: ")) for sentence in sentences)
     assert any(s.startswith(f"{GPU}: ") and "0.50x" in s for s in sentences)
     assert any(s.startswith(f"{CPU}: ") and "0.80x" in s for s in sentences)
@@ -380,7 +410,7 @@ def test_unstable_points_count_and_are_marked() -> None:
         point("moc_reference", TOPK, {"step_ms": 4.0}, workload="ffn_train", status="unstable"),
     )
     assert line(rows)["unstable"]
-    assert any("1 of 2 points reached their time cap" in sentence for sentence in findings(rows))
+    assert any("1 of 2 points reached their time cap" in sentence for sentence in findings_of(rows))
 
 
 def test_the_default_k_speaks_for_the_sweep() -> None:

@@ -8,6 +8,7 @@ from scipy import stats
 
 from harness.report.findings import findings
 from harness.report.points import point_table
+from harness.report.tables import tables_of
 from harness.store.rows import COLUMNS
 from harness.sweep.point import Point
 
@@ -65,6 +66,6 @@ def test_other_windows_do_not_pair() -> None:
 def test_the_sentence_says_that_it_is_paired() -> None:
     """The reader is told what the interval covers and what it does not."""
     rows, samples, _, _ = measured()
-    text = " ".join(findings(rows, samples))
+    text = " ".join(findings(tables_of(rows, samples)))
     assert "paired; one seed's noise is not in it" in text
     assert "no difference shows" not in text

@@ -16,8 +16,8 @@ from PIL import Image
 from synthetic_rows import CPU, around, curves, frame, gpu_rows, point, quality, quick_rows
 
 from harness.report.plots.draw import draw_plots
-from harness.report.plots.over_k import front
 from harness.report.plots.style import Board, Look, Mark, Plot, look
+from harness.report.tables import tables_of
 from moc.methods import METHODS
 
 CAPTION = "Example GPU 80GB · 2026-11-24 · torch 2.11.0 · mocbench run sweeps/made_up.yaml"
@@ -67,9 +67,7 @@ def gpu(tmp_path_factory: pytest.TempPathFactory) -> Drawn:
 
 def draw(rows: pd.DataFrame, folder: Path, samples: pd.DataFrame | None = None) -> dict[str, Plot]:
     """The plots of some rows by name."""
-    no_samples = pd.DataFrame(columns=["run_id", "point_key", "metric", "x", "value"])
-    plots = draw_plots(rows, no_samples if samples is None else samples, CAPTION, folder, "")
-    return {plot.name: plot for plot in plots}
+    return {plot.name: plot for plot in draw_plots(tables_of(rows, samples), CAPTION, folder, "")}
 
 
 def panel(board: Board, title: str) -> Axes:
@@ -101,10 +99,11 @@ def assert_nothing_is_cut_or_covered(name: str, board: Board) -> None:
         shown = [
             item
             for item in ticks
-            if item.get_text() and item.get_visible()
+            if item.get_text()
+            and item.get_visible()
             and (low[0] <= item.get_position()[0] <= low[1] or item in axes.get_yticklabels())
             and (high[0] <= item.get_position()[1] <= high[1] or item in axes.get_xticklabels())
-        ]  # fmt: skip
+        ]
         boxes += [(item.get_text(), item.get_window_extent()) for item in shown]
         boxes += [(item.get_text(), item.get_window_extent()) for item in axes.texts]
     for words, box in boxes:
@@ -139,9 +138,12 @@ def test_long_names_and_many_panels_still_fit(tmp_path: Path, boards: dict[str, 
     points = []
     for preset, place in itertools.product(("60m", "130m", "paper-1b"), (1, 4, 16)):
         for method, rule, rate in (
-            ("dense", None, 1e5), ("dense_compiled", None, 3e5), ("moc_reference", "topk:0.1875", 1e5),
-            ("moc_reference", "nm:12:64", 0.9e5), ("package.rivals:a_rather_long_factory_name", None, 2e5),
-        ):  # fmt: skip
+            ("dense", None, 1e5),
+            ("dense_compiled", None, 3e5),
+            ("moc_reference", "topk:0.1875", 1e5),
+            ("moc_reference", "nm:12:64", 0.9e5),
+            ("package.rivals:a_rather_long_factory_name", None, 2e5),
+        ):
             metrics = {"tokens_per_s": around(rate, 0.02), "peak_allocated_bytes": 9e9, **quality(3.3)}
             points.append(point(method, rule, metrics, preset=preset, seq_len=256 * place, tokens=65536))
             ffn = {"step_ms": 1e5 / rate, "speedup_vs_best_dense": around(rate / 3e5, 0.02)}
@@ -304,12 +306,6 @@ def test_gap_to_dense_is_taken_at_the_same_token(tmp_path: Path, boards: dict[st
     )
     drawn = marks_of(boards["loss_gap_vs_tokens"].axes[0], look("moc_reference", "topk", dense=False))
     assert drawn == [(0.0, pytest.approx(0.0)), (10.0, pytest.approx(-0.5)), (20.0, pytest.approx(0.1))]
-
-
-def test_front_by_hand() -> None:
-    """Of five points those that nothing beats in both directions are the front; equal points both stay."""
-    table = pd.DataFrame({"x": [1, 2, 3, 2, 1], "y": [9, 5, 6, 4, 9]}, index=list("abcde"))
-    assert list(front(table, "x", "y")) == ["a", "d", "e"]
 
 
 def test_looks_are_fixed_and_tell_series_apart_without_colour() -> None:

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import re
 import shutil
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from synthetic_rows import CPU, GPU, curves, frame, gpu_rows, point, quality, write_results
+from typer.testing import CliRunner
 
-from harness.report.build import write_report
+import harness.report.tables
+from harness.cli import app, main
+from harness.report.build import conclusions, read_results, write_report
+from harness.report.plots.style import Board
 
 TOPK = "topk:0.1875"
 PLOTS = {
@@ -48,7 +55,7 @@ def gpu_report(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Pat
     )
     merged = frame(rows.to_dict("records"), extra.to_dict("records"))
     folder = write_results(tmp_path_factory.mktemp("results") / "made_up", merged, curves(rows))
-    return folder, write_report(folder)
+    return folder, write_report(read_results(folder))
 
 
 def small(folder: Path, *devices: str) -> Path:
@@ -100,14 +107,14 @@ def test_text_is_escaped(gpu_report: tuple[Path, list[Path]]) -> None:
 
 def test_markdown_tables_are_rectangular_and_pictures_exist(gpu_report: tuple[Path, list[Path]]) -> None:
     """Every table has equally many cells in all of its lines; every picture is a file next to the report."""
-    folder, _ = gpu_report
+    folder, files = gpu_report
     text = (folder / "report.md").read_text(encoding="utf-8")
     for block in re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE):
         lines = [re.sub(r"\\\|", "", line) for line in block.splitlines()]
         assert len({line.count("|") for line in lines}) == 1
         assert len(lines) > 2
     pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
-    assert sorted(Path(name).stem for name in pictures) == sorted(PLOTS)
+    assert [folder / name for name in pictures] == [path for path in files if path.suffix == ".png"]
     assert all((folder / name).is_file() and not name.startswith("/") for name in pictures)
 
 
@@ -149,7 +156,7 @@ def test_environment_command_and_sweep_file_are_in_both_forms(gpu_report: tuple[
 def test_devices_get_sections_and_plots_of_their_own(tmp_path: Path) -> None:
     """Rows of two devices make two sections whose ratios come from inside, and plots named by device."""
     folder = small(tmp_path, GPU, CPU)
-    files = write_report(folder)
+    files = write_report(read_results(folder))
     names = {path.name for path in files}
     assert {"throughput_vs_k-example_gpu_80gb.png", "throughput_vs_k-cpu_example_2_cores.png"} <= names
     text = (folder / "report.md").read_text(encoding="utf-8")
@@ -163,25 +170,34 @@ def test_devices_get_sections_and_plots_of_their_own(tmp_path: Path) -> None:
 def test_one_device_can_be_chosen(tmp_path: Path) -> None:
     """With a device name only its rows are reported; an unknown one is refused, naming those there are."""
     folder = small(tmp_path, GPU, CPU)
-    files = write_report(folder, CPU)
+    files = write_report(read_results(folder, CPU))
     assert "throughput_vs_k.png" in {path.name for path in files}
     text = (folder / "report.md").read_text(encoding="utf-8")
     assert f"## {CPU}" in text
     assert GPU not in text
     with pytest.raises(ValueError, match=f"no rows of 'H100'; it has {GPU}, {CPU}"):
-        write_report(folder, "H100")
+        write_report(read_results(folder, "H100"))
 
 
 def test_old_plots_go_and_foreign_files_stay(tmp_path: Path) -> None:
     """Plots the rows no longer support are removed; a file this module never wrote is left alone."""
     folder = small(tmp_path, GPU)
     (folder / "plots").mkdir()
-    for name in ("ffn_speedup.png", "loss_vs_tokens-old_device.png", "my_own.png"):
-        (folder / "plots" / name).write_bytes(b"old")
-    write_report(folder)
+    for name in ("no_longer_drawn", "loss_vs_tokens-old_device"):
+        Board([""], columns=1).save(folder / "plots" / f"{name}.png", "old", "caption")
+    foreign = {"my_own.png": b"not a picture", "figure.png": _plain_png()}
+    for name, content in foreign.items():
+        (folder / "plots" / name).write_bytes(content)
+    write_report(read_results(folder))
     left = {path.name for path in (folder / "plots").glob("*.png")}
-    assert "my_own.png" in left
-    assert not {"ffn_speedup.png", "loss_vs_tokens-old_device.png"} & left
+    assert foreign.keys() <= left
+    assert not {"no_longer_drawn.png", "loss_vs_tokens-old_device.png"} & left
+
+
+def _plain_png() -> bytes:
+    stream = io.BytesIO()
+    Image.new("L", (8, 8)).save(stream, "PNG")
+    return stream.getvalue()
 
 
 def test_a_report_needs_nothing_but_rows(tmp_path: Path) -> None:
@@ -190,24 +206,58 @@ def test_a_report_needs_nothing_but_rows(tmp_path: Path) -> None:
     for path in folder.iterdir():
         if path.name != "rows.jsonl":
             path.unlink()
-    write_report(folder)
+    write_report(read_results(folder))
     text = (folder / "report.md").read_text(encoding="utf-8")
     assert "0.50x" in text
     assert "How it was run" not in text
     assert "### Environment" not in text
 
 
+def test_an_environment_line_cut_short_is_left_out(tmp_path: Path) -> None:
+    """A run that was killed while it wrote its environment does not end the report of what was measured."""
+    folder = small(tmp_path, GPU)
+    with (folder / "environments.jsonl").open("a") as file:
+        file.write('{"env_id": "cut", "tor')
+    done = CliRunner().invoke(app, ["report", str(folder)])
+    assert done.exit_code == 0, done.exception
+    assert "| torch | 2.11.0 |" in (folder / "report.md").read_text(encoding="utf-8")
+
+
+def test_a_file_without_rows_is_one_line_and_exit_code_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A sweep that was stopped before its first point is the user's to run again, not a traceback."""
+    (tmp_path / "rows.jsonl").touch()
+    monkeypatch.setattr(sys, "argv", ["mocbench", "report", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"{tmp_path}: no rows to report; `mocbench run` writes them\n"
+
+
+@pytest.mark.parametrize("content", [b"version: 1\nname: [", b"\xff\xfe", b"version: 1\nname: made_up\n"])
+def test_a_sweep_file_that_cannot_be_read_is_said(tmp_path: Path, content: bytes) -> None:
+    """Whether there was a search is then unknown, and the reader must know that the tables are a grid's."""
+    folder = small(tmp_path, GPU)
+    (folder / "sweep.yaml").write_bytes(content)
+    done = CliRunner().invoke(app, ["report", str(folder)])
+    assert done.exit_code == 0, done.exception
+    for text in (" ".join(done.output.split()), (folder / "report.md").read_text(encoding="utf-8")):
+        assert "The sweep file cannot be read (" in text
+        assert "so a search in it is reported as a grid." in text
+
+
 def test_no_rows_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
     """An empty folder is refused in one line."""
     with pytest.raises(ValueError, match="no rows to report; `mocbench run` writes them"):
-        write_report(tmp_path)
+        write_report(read_results(tmp_path))
 
 
 def test_a_sweep_that_only_failed_has_a_report(tmp_path: Path) -> None:
     """When every point failed the report lists them and claims nothing; long reasons are cut."""
     failed = point("moc_reference", TOPK, status="crashed", detail="boom " * 100)
     folder = write_results(tmp_path, frame(failed))
-    files = write_report(folder)
+    files = write_report(read_results(folder))
     assert [path.name for path in files] == ["report.md", "report.html"]
     text = (folder / "report.md").read_text(encoding="utf-8")
     assert "1 of 1 points failed (1 crashed)" in text
@@ -227,7 +277,7 @@ def test_environments_that_differ_are_side_by_side(tmp_path: Path) -> None:
         {"env_id": name, "torch": version, "cpu": "same"} for name, version in (("a", "2.11"), ("b", "2.13"))
     ]
     (folder / "environments.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    write_report(folder)
+    write_report(read_results(folder))
     text = (folder / "report.md").read_text(encoding="utf-8")
     assert "| torch | 2.11 | 2.13 |" in text
     assert "| cpu | same |  |" in text
@@ -236,7 +286,21 @@ def test_environments_that_differ_are_side_by_side(tmp_path: Path) -> None:
 def test_report_is_the_same_when_written_again(tmp_path: Path) -> None:
     """Writing twice gives the same text and the same pictures: a kept report changes only with its rows."""
     folder = small(tmp_path / "one", GPU)
-    first = {path.relative_to(folder): path.read_bytes() for path in write_report(folder)}
+    first = {path.relative_to(folder): path.read_bytes() for path in write_report(read_results(folder))}
     shutil.rmtree(folder / "plots")
-    second = {path.relative_to(folder): path.read_bytes() for path in write_report(folder)}
+    second = {path.relative_to(folder): path.read_bytes() for path in write_report(read_results(folder))}
     assert first == second
+
+
+def test_tables_are_computed_once_per_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Report, plots and sentences share one point table and one summary of each device."""
+    computed = []
+    for name in ("point_table", "summarise"):
+        whole = getattr(harness.report.tables, name)
+        monkeypatch.setattr(
+            harness.report.tables, name, lambda *args, n=name, f=whole: computed.append(n) or f(*args)
+        )
+    results = read_results(small(tmp_path, CPU, GPU))
+    write_report(results)
+    assert conclusions(results)
+    assert computed == ["point_table", "summarise"] * 2

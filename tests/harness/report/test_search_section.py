@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +10,18 @@ from optimize_surface import TRADE_OFF, Measure, answer, k_frac, open_search, tr
 from PIL import Image
 from rows import rows_of
 
-from harness.report.build import write_report
+from harness.report import wording
+from harness.report.build import read_results, write_report
+from harness.report.search.plots import best_so_far
 from harness.report.search.section import search_section
 from harness.report.search.words import (
     best_sentence,
     dense_sentence,
-    history,
-    importance_title,
-    progress_title,
+    history_title,
+    k_sentence,
     scope_sentence,
+    views_of,
 )
-from harness.search.importances import MIN_TRIALS, importances
 from harness.search.outcome import Search, read_search, record_pruned
 from harness.store.files import Store
 from harness.store.frames import read_rows
@@ -30,7 +30,6 @@ from harness.sweep.point import Point
 
 SHORT = TRADE_OFF.replace("n_trials: 60", "n_trials: 24")
 SINGLE = SHORT.replace(", {metric: tokens_per_s, direction: maximize}", "")
-RANDOM = TRADE_OFF.replace("sampler: tpe", "sampler: random")
 
 
 def searched(folder: Path, text: str = SHORT, measure: Measure = trade_off) -> Search:
@@ -59,41 +58,6 @@ def with_dense(perplexity: float, speed: float) -> Measure:
     return measure
 
 
-def test_planted_parameters_are_found_important(tmp_path: Path) -> None:
-    """Perplexity that depends on the learning rate alone and a speed that depends on the batch alone give
-    those two the large share, beyond what resampling leaves any other."""
-
-    def planted(point: Point) -> list[dict[str, Any]]:
-        rate = math.log10((point.lr or 1) / 1e-3)
-        return rows_of(point, {"perplexity": 20 + rate**2, "tokens_per_s": 100.0 * point.batch})
-
-    search = searched(tmp_path, RANDOM, planted)
-    shares = importances(search)
-    for metric, parameter in (("perplexity", "lr"), ("tokens_per_s", "batch")):
-        own = shares[shares["objective"] == metric].set_index("parameter")
-        assert own["share"].idxmax() == parameter
-        assert own.loc[parameter, "share"] > 0.6
-        assert own["share"].sum() == pytest.approx(1.0)
-        assert (own["low"] <= own["high"]).all()
-        assert own.loc[parameter, "low"] > own["share"].drop(parameter).max()
-    assert importance_title(search, shares) == (
-        "Learning rate decides most about validation perplexity; batch decides most about tokens/s trained"
-    )
-
-
-def test_importance_that_is_not_clear_is_not_claimed(tmp_path: Path) -> None:
-    """Where no parameter matters the title says so; a handful of trials has no importances at all."""
-
-    def noise(point: Point) -> list[dict[str, Any]]:
-        chance = int(point.key, 16) % 1000
-        return rows_of(point, {"perplexity": 20.0 + chance, "tokens_per_s": 1.0 + chance * 7 % 1000})
-
-    search = searched(tmp_path / "a", RANDOM.replace("n_trials: 60", "n_trials: 20"), noise)
-    assert "not clear from so few trials" in importance_title(search, importances(search))
-    few = searched(tmp_path / "b", RANDOM.replace("n_trials: 60", f"n_trials: {MIN_TRIALS - 1}"))
-    assert importances(few).empty
-
-
 def test_the_scope_counts_every_trial_and_how_it_ended(tmp_path: Path) -> None:
     """Measured, beyond a limit, out of memory: they add up to the trials."""
 
@@ -119,14 +83,14 @@ def test_the_front_is_compared_with_dense_in_numbers(tmp_path: Path) -> None:
     strong = searched(tmp_path / "a", SHORT, with_dense(15.0, 2000.0))
     count = int(strong.trials["on_front"].sum())
     said = dense_sentence(strong)
-    assert f"{count} of the {count} trials on the front are beaten by a baseline in everything" in said
-    assert "and 3 of the baselines by no trial" in said
+    assert f"Of the {count} trials on the front, {count} are beaten in everything by one of the 3" in said
+    assert "3 of the baselines are beaten by no trial" in said
     ratios = strong.trials.loc[strong.trials["on_front"], "tokens_per_s"] / 2000
     assert f"{ratios.min():.2f}x to {ratios.max():.2f}x its speed (unpaired" in said
     assert "trained at learning rate 0.001, the middle of the range" in said
     weak = dense_sentence(searched(tmp_path / "b", SHORT, with_dense(99.0, 1.0)))
-    assert "0 of the" in weak
-    assert "and 0 of the baselines by no trial" in weak
+    assert "trials on the front, 0 are beaten in everything" in weak
+    assert "0 of the baselines are beaten by no trial" in weak
 
 
 def test_a_search_without_dense_says_that_it_cannot_judge(tmp_path: Path) -> None:
@@ -138,30 +102,47 @@ def test_a_search_without_dense_says_that_it_cannot_judge(tmp_path: Path) -> Non
 
 
 def test_one_objective_has_a_best_trial_and_no_front(tmp_path: Path) -> None:
-    """The best trial is the smallest value, the progress line the running minimum; there is no front."""
+    """The best trial is the smallest value; there is no front."""
     search = searched(tmp_path, SINGLE)
     best = search.trials.loc[search.trials["perplexity"].idxmin()]
-    assert best_sentence(search).startswith(f"Best is trial {best['trial']}, with ")
-    assert history(search).tolist() == search.trials["perplexity"].cummin().tolist()
-    assert progress_title(search) == f"The best trial came as number {best['trial']} of 24 with a row"
+    assert best_sentence(search).startswith(f"The best is trial {best['trial']}, with ")
+    assert history_title(search) == f"The best trial is number {best['trial']} of 24"
     section = search_section(search, tmp_path, "caption", "")
-    assert [plot.name for plot in section.plots] == [
-        "optimization_progress",
-        "optimization_importances",
-        "optimization_parameters",
-    ]
+    assert [plot.name for plot in section.plots] == ["optimization_progress"]
     assert section.tables[0][0] == "Best trial"
     assert section.tables[0][1]["trial"].tolist() == [str(best["trial"])]
 
 
-def test_a_search_at_rest_and_one_still_growing_are_told_apart(tmp_path: Path) -> None:
-    """150 trials of TPE have come to rest on this surface; of nine the last three moved the front."""
-    assert progress_title(searched(tmp_path / "a", TRADE_OFF.replace("60", "150"))).startswith(
-        "The front had come to rest"
+def test_the_title_over_trials_counts_how_late_the_front_was_found(tmp_path: Path) -> None:
+    """Of nine trials the last three are late; the title says how many of them are on the front."""
+    search = searched(tmp_path, TRADE_OFF.replace("60", "9"))
+    on_front = search.trials.loc[search.trials["on_front"], "trial"]
+    assert history_title(search) == (
+        f"{int((on_front > 6).sum())} of the {len(on_front)} trials on the front are among the last 3 of 9"
+        " trials"
     )
-    assert progress_title(searched(tmp_path / "b", TRADE_OFF.replace("60", "9"))).startswith(
-        "The front was still growing"
+
+
+def test_the_k_of_the_front_is_said_beside_all_k_that_were_measured(tmp_path: Path) -> None:
+    """Smallest and largest K of both, in percent; without an axis over K there is no such sentence."""
+    search = searched(tmp_path)
+    good = search.measured
+    best, tried = (
+        f"{wording.percent(k.min())} to {wording.percent(k.max())}"
+        for k in (good.loc[good["on_front"], "k_pct"], good["k_pct"])
     )
+    assert k_sentence(search) == (
+        f"The trials on the front have K = {best}; the measured trials have K = {tried}."
+    )
+
+
+def test_the_line_over_trials_is_the_best_value_so_far(tmp_path: Path) -> None:
+    """A running minimum or maximum over the trials within their limits."""
+    search = searched(tmp_path)
+    for view in views_of(search):
+        values = search.trials[view.metric]
+        expected = values.cummin() if view.direction == "minimize" else values.cummax()
+        assert best_so_far(search, view).tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("objectives", [1, 2, 3])
@@ -175,9 +156,10 @@ def test_plots_and_tables_of_any_number_of_objectives_are_written(tmp_path: Path
         ),
     }[objectives]
     searched(tmp_path, text)
-    written = write_report(tmp_path)
+    written = write_report(read_results(tmp_path))
     pictures = [path for path in written if path.suffix == ".png"]
-    assert len(pictures) == (3 if objectives == 1 else 4)
+    names = ["optimization_pareto", "optimization_progress"]
+    assert [path.stem for path in pictures] == names[objectives == 1 :]
     report = (tmp_path / "report.md").read_text()
     for path in pictures:
         with Image.open(path) as picture:
@@ -191,22 +173,31 @@ def test_a_search_that_measured_nothing_still_has_a_report(tmp_path: Path) -> No
     search = searched(tmp_path, SHORT, lambda point: rows_of(point, {}, status="oom"))
     section = search_section(search, tmp_path, "caption", "")
     assert section.plots == ()
-    assert "there is no best one" in " ".join(section.sentences)
+    assert "there is no best trial" in " ".join(section.sentences)
     (name, table, _), *_ = [item for item in section.tables if item[0] == "All trials"]
     assert (name, len(table)) == ("All trials", len(search.trials))
     assert set(table["outcome"]) == {"oom: because"}
 
 
-def test_given_up_trainings_are_told_in_the_report(tmp_path: Path) -> None:
+def test_trainings_stopped_early_are_told_in_the_report(tmp_path: Path) -> None:
     """They have no rows, so they come from their own file, with the rule that stopped them."""
     search = searched(tmp_path, SINGLE + "  pruner: median\n")
     point = Point(**{**TINY, "selection": f"topk:{k_frac(Point(**TINY)):.1f}"})
     record_pruned(tmp_path, search.part, point, {50: 99.0})
     section = search_section(search, tmp_path, "caption", "")
-    assert "1 given up early by the median rule (they have no row)" in section.sentences[0]
+    assert "1 stopped early by the median rule (they have no row)" in section.sentences[0]
 
 
 TINY: dict[str, Any] = {
-    "workload": "pretrain", "method": "moc_reference", "selection": "topk:0.5", "preset": None, "d_model": 8,
-    "d_ffn": 16, "n_layers": 1, "batch": 1, "seq_len": 8, "dtype": "fp32", "seed": 0,
-}  # fmt: skip
+    "workload": "pretrain",
+    "method": "moc_reference",
+    "selection": "topk:0.5",
+    "preset": None,
+    "d_model": 8,
+    "d_ffn": 16,
+    "n_layers": 1,
+    "batch": 1,
+    "seq_len": 8,
+    "dtype": "fp32",
+    "seed": 0,
+}
