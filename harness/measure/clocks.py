@@ -66,6 +66,20 @@ def throttle_names(bits: int) -> tuple[str, ...]:
     return tuple(name for bit, name in _THROTTLE_REASONS.items() if bits & bit)
 
 
+@dataclass(frozen=True)
+class TimingConditions:
+    """Under what conditions a timed number was taken, over all readings; None where nothing was read."""
+
+    mode: str  # how the work was launched
+    sm_clock_mhz: float | None
+    throttled: bool | None
+
+    @classmethod
+    def of(cls, mode: str, readings: Sequence[Conditions | None]) -> TimingConditions:
+        """From readings of the card."""
+        return cls(mode, median_sm_clock(readings), any_throttled(readings))
+
+
 def median_sm_clock(blocks: Sequence[Conditions | None]) -> float | None:
     """Median SM clock of the blocks in MHz (the upper one of an even number); None if nothing was read."""
     clocks = sorted(block.sm_clock_mhz for block in blocks if block is not None)

@@ -1,14 +1,17 @@
-"""The FFN under test: its weights, its inputs, and the three things a training step is timed as."""
+"""The FFN under test: its weights, its inputs, and what of a training or decoding step is timed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from harness.measure.launch import rotated_copies
 from moc.config import FfnShape
+from moc.layers.base import FfnWeights
 
 DTYPES: dict[str, torch.dtype] = {
     "bf16": torch.bfloat16,
@@ -114,3 +117,38 @@ class TrainingCalls:
     def step(self) -> tuple[Tensor, ...]:
         """Forward, then the gradients of x, w_gate, w_up, w_down."""
         return torch.autograd.grad(self._run(self._x), self._inputs, self._dy)
+
+
+def with_weights(layer: nn.Module, tensors: FfnTensors) -> nn.Module:
+    """A copy of the layer on other weights."""
+    other = copy.deepcopy(layer)
+    shape = FfnShape(d_model=tensors.w_gate.shape[1], d_ffn=tensors.w_gate.shape[0])
+    for name, weight in ffn_weights(other, shape).items():
+        weight.data = getattr(tensors, name)
+    return other
+
+
+def frozen(layer: nn.Module) -> nn.Module:
+    """The layer itself, ready for calls without gradients on the weights it has."""
+    if isinstance(layer, FfnWeights):  # a layer from outside the project need not be one
+        layer.freeze()
+    return layer
+
+
+def weight_copies(
+    least_read: float, shape: FfnShape, batch: int, dtype: torch.dtype, device: torch.device, seed: int
+) -> list[FfnTensors]:
+    """As many copies of the weights as `rotated_copies` asks for, each of its own values."""
+    count = rotated_copies(least_read, device)
+    return [natural_tensors(shape, batch, dtype, device, seed + 1000 * number) for number in range(count)]
+
+
+def decoding_call(layers: Sequence[Callable[[Tensor], Tensor]], x: Tensor) -> Callable[[], None]:
+    """One decoding step with each layer in turn, all on the same input, without gradients."""
+
+    def call() -> None:
+        with torch.no_grad():
+            for layer in layers:
+                layer(x)
+
+    return call

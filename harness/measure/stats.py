@@ -41,7 +41,12 @@ class Estimate:
     ci_low: float
     ci_high: float
     n_samples: int
-    statistic: str
+    statistic: str | None
+
+
+def without_interval(value: float, n_samples: int = 1, statistic: str | None = None) -> Estimate:
+    """A number of which no interval is known."""
+    return Estimate(float(value), math.nan, math.nan, n_samples, statistic)
 
 
 def median_estimate(

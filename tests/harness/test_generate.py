@@ -11,6 +11,7 @@ from torch import Tensor
 
 from harness.errors import SpecError
 from harness.measure import launch
+from harness.measure.ffn import with_weights
 from harness.measure.launch import Contender, CpuSampler
 from harness.run.plan import units
 from harness.sweep.grid import expand
@@ -21,7 +22,6 @@ from harness.sweep.support import unsupported_reason
 from harness.workloads import generate
 from harness.workloads.generate_gate import check_decoding, find_truth, relative_errors
 from harness.workloads.generate_model import ffn_tensors, model_on, random_weights
-from harness.workloads.group import with_weights
 from harness.workloads.job import Job
 from moc.config import LlamaConfig
 from moc.decoding import GreedyDecoder
