@@ -61,7 +61,7 @@ def test_base_and_head_exchanged_exchange_fast_and_slow(value: float, width: flo
     """What is slower one way round is faster the other way round, and the rest stays what it is."""
     change = Change(value, (1 + value) / (1 + width) - 1, (1 + value) * (1 + width) - 1)
     back = Change(1 / (1 + value) - 1, 1 / (1 + change.high) - 1, 1 / (1 + change.low) - 1)
-    rule = Rule(0.03, 0.0)
+    rule = Rule(0.03, 0.0, 1.0)
     exchanged = {"SLOW": "FAST", "FAST": "SLOW"}
     verdict = judge(change, base_ms, rule)
     near = min(abs(abs(math.log1p(end)) - math.log1p(rule.limit)) for end in (change.low, change.high))

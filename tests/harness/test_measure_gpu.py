@@ -14,10 +14,13 @@ from harness.measure import gate, memory, roofline, selftest, stats
 from harness.measure.clocks import ClockReader
 from harness.measure.ffn import TrainingCalls, ffn_weights, natural_tensors
 from harness.measure.launch import Contender
+from harness.measure.stats import Verdict
 from harness.measure.timing import PairedTimes, TimingSettings, open_sampler, time_paired
+from harness.regression.compare.verdict import RULES, judge_rounds
 from harness.sweep.model import Measure, Timing
-from harness.workloads import ffn_decode, ffn_train
+from harness.workloads import ffn_train
 from harness.workloads.job import Job
+from harness.workloads.profiler_check import check_against_profiler
 from moc.config import FfnShape
 from moc.layers.dense import DenseFFN
 from moc.methods import METHODS
@@ -241,7 +244,7 @@ def test_a_sampler_keeps_what_its_contender_reads(mode: str) -> None:
 
 def test_decode_latency_agrees_with_the_profiler() -> None:
     """Events around a replay and the profiler's kernel times, gaps between them included, agree to 5 %."""
-    check = ffn_decode.check_against_profiler(FfnShape(4096, 11008), 1, "bf16", CUDA)
+    check = check_against_profiler(FfnShape(4096, 11008), 1, "bf16", CUDA)
     assert abs(check.difference) < 0.05
     assert check.busy_us <= check.span_us
 
@@ -249,8 +252,12 @@ def test_decode_latency_agrees_with_the_profiler() -> None:
 def test_a_method_is_the_same_as_itself_and_three_percent_are_found() -> None:
     """Thirty trials of each on a dense step: no more than one false alarm, no more than one miss."""
     call = selftest.dense_training_step(CUDA, "60m", tokens=16384, dtype="bf16")
-    settings = TimingSettings(max_seconds=5.0)
-    same, slow = selftest.run_self_test(call, CUDA, settings, trials=30, injected=(0.0, 0.03))
+    rule = RULES["cuda"]
+
+    def judge(take: Callable[[int], PairedTimes], seed: int) -> Verdict:
+        return judge_rounds(take, rule, seed=seed)[0]
+
+    same, slow = selftest.run_self_test(call, CUDA, rule.timing(0), 30, judge, injected=(0.0, 0.03))
     assert same.same >= 29
     assert slow.slow >= 29
     assert slow.median_ratio == pytest.approx(1 / 1.03, abs=0.004)

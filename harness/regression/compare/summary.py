@@ -96,10 +96,10 @@ def markdown(comparison: Comparison) -> str:
     if any(outcome.change is not None for outcome in comparison.runs[-1]):
         lines += ["![change of time of each benchmark](changes.png)", ""]
     lines += [
-        f"A change of {100 * rule.told:g} % is told: SLOW and FAST mean that the whole interval lies beyond "
-        f"{100 * rule.limit:g} %, and that the difference is more than {1e3 * rule.floor_ms:g} us; SLOW came "
-        "out twice. SAME means that the whole interval lies within these limits, AMBG that more samples are "
-        "needed to say.",
+        f"A change of {100 * rule.smallest_change:g} % is reported. SLOW and FAST mean that the whole "
+        f"interval lies beyond {100 * rule.limit:g} % and that the difference is more than "
+        f"{1e3 * rule.floor_ms:g} us; SLOW came out twice. SAME means that the whole interval lies within "
+        "these limits, AMBG that it takes more samples to say.",
         "",
     ]
     return "\n".join(lines)
@@ -150,7 +150,7 @@ def _plot(comparison: Comparison, outcomes: Sequence[Outcome], path: Path) -> No
         comparison.sentence(),
         f"{environment['device_name']}, torch {environment['torch']}; {comparison.command}",
         x="change of time, % (right is slower)",
-        note=f"Dot: median; bar: 95 % interval; grey: within {limit:g} %, where nothing is told.",
+        note=f"Dot: median; bar: 95 % interval; grey: within {limit:g} %, where nothing is reported.",
     )
 
 
