@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from harness.measure.launch import rotated_copies
 from moc.config import FfnShape
-from moc.layers.base import FfnWeights
 
 DTYPES: dict[str, torch.dtype] = {
     "bf16": torch.bfloat16,
@@ -126,13 +125,6 @@ def with_weights(layer: nn.Module, tensors: FfnTensors) -> nn.Module:
     for name, weight in ffn_weights(other, shape).items():
         weight.data = getattr(tensors, name)
     return other
-
-
-def frozen(layer: nn.Module) -> nn.Module:
-    """The layer itself, ready for calls without gradients on the weights it has."""
-    if isinstance(layer, FfnWeights):  # a layer from outside the project need not be one
-        layer.freeze()
-    return layer
 
 
 def weight_copies(

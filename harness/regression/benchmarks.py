@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from harness.measure.ffn import TrainingCalls, ffn_weights, natural_tensors
+from harness.measure.ffn import DTYPES, TrainingCalls, decoding_call, ffn_weights, natural_tensors
 from harness.measure.launch import Contender, rotated_copies
 from harness.measure.roofline import decode_least_bytes
 from moc.config import FfnShape, get_preset
@@ -46,23 +46,32 @@ class _Size:
     """How much work, by kind of device."""
 
     preset: str
-    dtype: torch.dtype
+    dtype_name: str
     step_tokens: int
     model: str
     batch: int
     seq_len: int
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype_name]
+
 
 _SIZES = {
-    "cuda": _Size("1b", torch.bfloat16, 8192, "60m", 8, 512),
-    "cpu": _Size("4m", torch.float32, 256, "1m", 2, 128),
+    "cuda": _Size("1b", "bf16", 8192, "60m", 8, 512),
+    "cpu": _Size("4m", "fp32", 256, "1m", 2, 128),
 }
 _TOPK, _NM = "topk:0.1875", "nm:2:8"
 # (kind of work, method, rule); those that a device or the registry does not have are left out.
 _FFN = (
-    *(("ffn-step", "dense", None), ("ffn-step", "moc", _TOPK), ("ffn-step", "moc", _NM)),
-    *(("ffn-step", "moc_fp8", _TOPK), ("ffn-step", "moc_reference", _TOPK)),
-    *(("ffn-decode", "moc", _TOPK), ("ffn-decode", "moc", _NM), ("ffn-decode", "moc_reference", _NM)),
+    ("ffn-step", "dense", None),
+    ("ffn-step", "moc", _TOPK),
+    ("ffn-step", "moc", _NM),
+    ("ffn-step", "moc_fp8", _TOPK),
+    ("ffn-step", "moc_reference", _TOPK),
+    ("ffn-decode", "moc", _TOPK),
+    ("ffn-decode", "moc", _NM),
+    ("ffn-decode", "moc_reference", _NM),
 )
 _VOCABULARY = 8192
 
@@ -88,8 +97,8 @@ def _runs(method: Method, rule: str | None, size: _Size, device_type: str) -> bo
     if device_type == "cuda" and method.name == "moc_reference":
         return False  # there `moc` is what counts
     selection = parse_selection(rule) if rule else None
-    dtype = {torch.bfloat16: "bf16", torch.float32: "fp32"}[size.dtype]
-    return method.unsupported_reason(get_preset(size.preset).ffn, selection, dtype, device_type) is None
+    shape = get_preset(size.preset).ffn
+    return method.unsupported_reason(shape, selection, size.dtype_name, device_type) is None
 
 
 def _name(kind: str, method: str | None, rule: str | None) -> str:
@@ -126,13 +135,7 @@ def _ffn(kind: str, method: Method, rule: str | None, size: _Size) -> Benchmark:
         copies = rotated_copies(least_read, device)
         layers = [_layer(method, selection, shape, device, size, seed) for seed in range(copies)]
         x = natural_tensors(shape, 1, size.dtype, device, seed=copies).x
-
-        def call() -> None:
-            with torch.no_grad():
-                for layer in layers:
-                    layer(x)
-
-        return Contender(name, call, calls=copies)
+        return Contender(name, decoding_call(layers, x), calls=copies)
 
     if kind == "ffn-step":
         return Benchmark(name, size.step_tokens, open_step)

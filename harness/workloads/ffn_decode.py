@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.measure import roofline
-from harness.measure.ffn import FfnTensors, decoding_call, frozen, weight_copies, with_weights
+from harness.measure.ffn import FfnTensors, decoding_call, weight_copies, with_weights
 from harness.measure.launch import Contender, load_libraries
 from harness.measure.timing import PairedTimes
 from harness.workloads.group import (
@@ -27,6 +27,7 @@ from harness.workloads.group import (
     check_layer,
     compiled,
     finish_timed,
+    frozen,
     make_layer,
     open_group,
     plan_methods,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from harness.measure import memory
-from harness.measure.ffn import frozen, with_weights
+from harness.measure.ffn import with_weights
 from harness.measure.launch import FLUSH_FACTOR, Contender, load_libraries
 from harness.measure.stats import without_interval
 from harness.measure.timing import PairedTimes
@@ -32,6 +32,7 @@ from harness.workloads.group import (
     check_layer,
     compiled,
     finish_timed,
+    frozen,
     make_layer,
     open_group,
     plan_methods,

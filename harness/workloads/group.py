@@ -27,6 +27,7 @@ from harness.sweep.model import Measure
 from harness.sweep.point import Point
 from harness.workloads.job import Job, Reporter
 from moc.config import FfnShape
+from moc.layers.base import FfnWeights
 from moc.methods import Method, get_method
 from moc.reference import overflow_count
 from moc.selection import Selection, parse_selection
@@ -212,6 +213,13 @@ def make_layer(group: Group, planned: PlannedMethod, tensors: FfnTensors | None 
     if tensors is not None:
         for name, weight in weights.items():
             weight.data = getattr(tensors, name)
+    return layer
+
+
+def frozen(layer: nn.Module) -> nn.Module:
+    """The layer itself, ready for calls without gradients on the weights it has."""
+    if isinstance(layer, FfnWeights):  # a layer from outside the project need not be one
+        layer.freeze()
     return layer
 
 

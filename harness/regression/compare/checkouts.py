@@ -31,7 +31,7 @@ _LOG_LINES = 3
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Compared:
     """What came out for one point. Without a verdict it could not be compared, and `note` says why."""
 
     name: str
@@ -129,7 +129,7 @@ class Pair:
         self._opened: dict[str, dict[str, Any]] = {}
         self._attempts: Counter[str] = Counter()
 
-    def measure(self, name: str, run: int) -> Outcome:
+    def measure(self, name: str, run: int) -> Compared:
         """One benchmark, looked at until it is known; `run` seeds the order of the sides.
 
         Each look is at other places in memory, so what these are worth does not decide.
@@ -147,12 +147,12 @@ class Pair:
             opening = self._opened[name]
         except ChildFailed as error:
             self._opened.pop(name, None)
-            return Outcome(name, None, str(error), failed=True)
+            return Compared(name, None, str(error), failed=True)
         last = looks[-1]
         notes = [*opening["notes"], *_throttling(last.times)]
         if len(looks) > 1:
             notes.append(f"looks: {', then '.join(str(look.change) for look in looks)}")
-        return Outcome(
+        return Compared(
             name=name,
             verdict=verdict,
             note="; ".join(notes),
@@ -218,7 +218,7 @@ def compare_checkouts(
     runs: int,
     only: Sequence[str],
     say: Callable[[str], None],
-) -> tuple[list[list[Outcome]], dict[str, Any]]:
+) -> tuple[list[list[Compared]], dict[str, Any]]:
     """The outcomes of each run over all benchmarks, and the environment both sides share.
 
     Both processes live through all runs. Raises SpecError if a side has no benchmarks to run, or a name of
@@ -240,14 +240,14 @@ def compare_checkouts(
         names = _chosen(pair.names, only)
         outcomes = [list(_one_run(pair, names, run, keep_open=runs > 1, say=say)) for run in range(runs)]
         if not only:
-            outcomes[0] += [Outcome(name, None, "only base has it") for name in pair.only_base]
-            outcomes[0] += [Outcome(name, None, "only head has it") for name in pair.only_head]
+            outcomes[0] += [Compared(name, None, "only base has it") for name in pair.only_base]
+            outcomes[0] += [Compared(name, None, "only head has it") for name in pair.only_head]
         return outcomes, pair.environment
 
 
 def _one_run(
     pair: Pair, names: Sequence[str], run: int, *, keep_open: bool, say: Callable[[str], None]
-) -> Iterator[Outcome]:
+) -> Iterator[Compared]:
     for name in names:
         outcome = pair.measure(name, run)
         if not keep_open:

@@ -2,7 +2,8 @@
 
     python -m harness.regression.compare.child CHECKOUT DEVICE
 
-A line of JSON on standard input is a request, a line on standard output the answer. `moc` and the definitions
+`harness.regression.compare.checkouts` starts it, nobody types it, so its arguments are read as they stand. A
+line of JSON on standard input is a request, a line on standard output the answer. `moc` and the definitions
 of the benchmarks are the checkout's; everything else of `harness` is the judge's own, on both sides, so that
 a change of how things are measured is never taken for a change of speed.
 """
@@ -46,7 +47,7 @@ def main() -> int:
     sys.path.insert(0, str(root))
     gc.disable()  # a pause would hit whoever is being timed; what is opened anew is collected before
     try:
-        side = _Side(root, device)
+        side = _Checkout(root, device)
     except Exception as error:  # the checkout may hold anything; the judge says what was wrong with it
         _answer(answers, {"error": _one_line(error)})
         return 1
@@ -62,7 +63,7 @@ def main() -> int:
     return 0
 
 
-class _Side:
+class _Checkout:
     """The benchmarks of a checkout, those that are open with their samplers."""
 
     def __init__(self, root: Path, device: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from matplotlib.lines import Line2D
 
 from harness.measure.stats import Verdict
-from harness.regression.compare.checkouts import Outcome
+from harness.regression.compare.checkouts import Compared
 from harness.regression.compare.verdict import RULES
 from harness.report.plots.style import Board
 
@@ -33,10 +33,10 @@ class Comparison:
     command: str
     device: str  # cpu or cuda
     environment: dict[str, Any]
-    runs: list[list[Outcome]]
+    runs: list[list[Compared]]
 
     @property
-    def outcomes(self) -> list[Outcome]:
+    def outcomes(self) -> list[Compared]:
         """Of all runs."""
         return [outcome for run in self.runs for outcome in run]
 
@@ -114,7 +114,7 @@ def _counts_table(comparison: Comparison) -> list[str]:
     return lines
 
 
-def _row(outcome: Outcome) -> str:
+def _row(outcome: Compared) -> str:
     numbers = ["" if value is None else f"{value:.4g}" for value in (outcome.base_ms, outcome.head_ms)]
     rate = "" if outcome.tokens_per_s is None else f"{outcome.tokens_per_s:,.0f}"
     verdict = outcome.verdict or ("failed" if outcome.failed else "")
@@ -122,7 +122,7 @@ def _row(outcome: Outcome) -> str:
     return f"| {' | '.join([*cells, outcome.note.replace('|', '/')])} |"
 
 
-def _plot(comparison: Comparison, outcomes: Sequence[Outcome], path: Path) -> None:
+def _plot(comparison: Comparison, outcomes: Sequence[Compared], path: Path) -> None:
     limit = 100 * RULES[comparison.device].limit
     board = Board([""], columns=1, panel_inches=0.6 + 0.24 * len(outcomes))
     (axes,) = board.axes
