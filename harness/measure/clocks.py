@@ -1,6 +1,6 @@
 """Conditions under which a block of samples was taken: clocks, temperature, power, throttle reasons.
 
-Only ever read. A sample taken under throttling is labelled, not dropped: both rivals of a round suffered it.
+Only ever read. A sample taken under throttling is labelled, not dropped: both methods of a round suffered it.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def normal(size: tuple[int, ...], std: float, generator: torch.Generator, dtype:
 def ffn_weights(module: nn.Module, shape: FfnShape) -> dict[str, nn.Parameter]:
     """The parameters w_gate, w_up and w_down of a module.
 
-    Raises ValueError if one is missing or not [d_ffn, d_model], or if there are others: a rival with weights
+    Raises ValueError if one is missing or not [d_ffn, d_model], or if there are others: a method with weights
     of its own computes another function.
     """
     named = dict(module.named_parameters())
@@ -78,11 +78,11 @@ def ffn_weights(module: nn.Module, shape: FfnShape) -> dict[str, nn.Parameter]:
 
 
 class TrainingCalls:
-    """What a training step of one FFN is, exactly, and its parts; every rival does the same.
+    """What a training step of one FFN is, exactly, and its parts; every method does the same.
 
     - forward: `module(x)` with everything kept that backward needs. Input and weights require gradients.
     - backward: the gradients of x and of the weights for a given dy, into fresh tensors. Nothing is
-      accumulated and nothing zeroed, so no rival pays for bookkeeping that an optimiser could place
+      accumulated and nothing zeroed, so no method pays for bookkeeping that an optimiser could place
       elsewhere. Saved tensors are released as backward goes, as in training, so each backward needs a forward
       of its own before it.
     - step: forward, then backward. It is not the sum of the two as timed alone, since each of them starts

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from harness.cache import cache_folder
 from harness.measure.environment import device_name, environment_record, gpu_identity
 from harness.measure.ffn import DTYPES
-from harness.measure.launch import Contender
+from harness.measure.launch import TimedMethod
 from harness.measure.timing import TimingSettings, time_paired
 from moc.config import FfnShape
 from moc.methods import Method
@@ -147,7 +147,7 @@ def measure_ceilings(device: torch.device) -> Ceilings:
 
     def median_ms(call: Callable[[], object]) -> float:
         settings = _CEILING_TIMING[device.type]
-        times = time_paired([Contender("ceiling", call)], settings, device, "launch_cold")
+        times = time_paired([TimedMethod("ceiling", call)], settings, device, "launch_cold")
         return float(np.median(times.samples["ceiling"]))
 
     def copy_rate(size: int) -> float:

@@ -29,7 +29,7 @@ import torch
 from harness.measure import stats
 from harness.measure.clocks import ClockReader, Conditions
 from harness.measure.ffn import DTYPES, WEIGHTS, TrainingCalls, ffn_weights, natural_tensors
-from harness.measure.launch import Contender, Sampler, spin_cycles_per_ms
+from harness.measure.launch import Sampler, TimedMethod, spin_cycles_per_ms
 from harness.measure.timing import PairedTimes, TimingSettings, open_sampler, run_rounds, time_paired
 from moc.config import get_preset
 from moc.methods import get_method
@@ -80,14 +80,12 @@ def run_self_test(
 
     The calls are captured and warmed up once; each trial takes new rounds in a new order.
     """
-    first = time_paired([Contender(_BASE, call)], settings, device, mode)
+    first = time_paired([TimedMethod(_BASE, call)], settings, device, mode)
     own_ms = float(np.median(first.samples[_BASE]))
     names = {f"+{fraction:.1%}": fraction for fraction in injected}
-    contenders = [Contender(_BASE, call, anchor=True)]
-    contenders += [
-        Contender(name, slowed(call, fraction, own_ms, device)) for name, fraction in names.items()
-    ]
-    sampler, _notes = open_sampler(contenders, device, mode)
+    methods = [TimedMethod(_BASE, call, anchor=True)]
+    methods += [TimedMethod(name, slowed(call, fraction, own_ms, device)) for name, fraction in names.items()]
+    sampler, _notes = open_sampler(methods, device, mode)
     read = ClockReader(device).read
 
     # Trials of all slow-downs alternate, so that a bad minute of the machine falls on all rows alike.

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.measure.ffn import DTYPES, TrainingCalls, decoding_call, ffn_weights, natural_tensors
-from harness.measure.launch import Contender, rotated_copies
+from harness.measure.launch import TimedMethod, rotated_copies
 from harness.measure.roofline import decode_least_bytes
 from moc.config import FfnShape, get_preset
 from moc.llama import Llama
@@ -37,7 +37,7 @@ class Benchmark:
 
     name: str
     tokens: int
-    open: Callable[[torch.device], Contender]
+    open: Callable[[torch.device], TimedMethod]
     mode: str = "graph_cold"  # of `harness.measure.timing.MODES`, where there is a GPU
 
 
@@ -124,18 +124,18 @@ def _ffn(kind: str, method: Method, rule: str | None, size: _Size) -> Benchmark:
     selection = parse_selection(rule) if rule else None
     name = _name(kind, method.name, rule)
 
-    def open_step(device: torch.device) -> Contender:
+    def open_step(device: torch.device) -> TimedMethod:
         layer = _layer(method, selection, shape, device, size, seed=0)
         tensors = natural_tensors(shape, size.step_tokens, size.dtype, device, seed=1)
         weights = list(ffn_weights(layer, shape).values())
-        return Contender(name, TrainingCalls(layer, weights, tensors.x.requires_grad_(), tensors.dy).step)
+        return TimedMethod(name, TrainingCalls(layer, weights, tensors.x.requires_grad_(), tensors.dy).step)
 
-    def open_decode(device: torch.device) -> Contender:
+    def open_decode(device: torch.device) -> TimedMethod:
         least_read = decode_least_bytes(method, selection, shape, size.dtype.itemsize)
         copies = rotated_copies(least_read, device)
         layers = [_layer(method, selection, shape, device, size, seed) for seed in range(copies)]
         x = natural_tensors(shape, 1, size.dtype, device, seed=copies).x
-        return Contender(name, decoding_call(layers, x), calls=copies)
+        return TimedMethod(name, decoding_call(layers, x), calls=copies)
 
     if kind == "ffn-step":
         return Benchmark(name, size.step_tokens, open_step)
@@ -146,13 +146,13 @@ def _select(rule: str, size: _Size) -> Benchmark:
     """The pass that selects channels in a forward pass, alone."""
     name = _name("select", None, rule)
 
-    def open_pass(device: torch.device) -> Contender:
+    def open_pass(device: torch.device) -> TimedMethod:
         from moc.kernels.passes import select_pass
 
         g, u, kept, _dz = _between(rule, size, device)
         overflow = torch.zeros((), dtype=torch.int64, device=device)
         z = torch.empty_like(g)
-        return Contender(name, lambda: select_pass(g, u, z, parse_selection(rule), kept, overflow))
+        return TimedMethod(name, lambda: select_pass(g, u, z, parse_selection(rule), kept, overflow))
 
     return Benchmark(name, size.step_tokens, open_pass)
 
@@ -160,14 +160,14 @@ def _select(rule: str, size: _Size) -> Benchmark:
 def _expand(size: _Size) -> Benchmark:
     """The pass that expands what was kept in a backward pass, alone."""
 
-    def open_pass(device: torch.device) -> Contender:
+    def open_pass(device: torch.device) -> TimedMethod:
         from moc.kernels.passes import expand_pass, select_pass
 
         g, u, kept, dz = _between(_TOPK, size, device)
         overflow = torch.zeros((), dtype=torch.int64, device=device)
         select_pass(g, u, torch.empty_like(g), parse_selection(_TOPK), kept, overflow)
         dg, du, z = (torch.empty_like(g) for _ in range(3))
-        return Contender("expand", lambda: expand_pass(dz, kept, dg, du, z))
+        return TimedMethod("expand", lambda: expand_pass(dz, kept, dg, du, z))
 
     return Benchmark("expand", size.step_tokens, open_pass)
 
@@ -192,7 +192,7 @@ def _select_in_pytorch(rule: str, size: _Size) -> Benchmark:
     d_ffn = get_preset(size.preset).d_ffn
     name = _name("select", None, rule)
 
-    def open_selection(device: torch.device) -> Contender:
+    def open_selection(device: torch.device) -> TimedMethod:
         generator = torch.Generator(device).manual_seed(0)
         g = torch.randn(size.step_tokens, d_ffn, generator=generator, device=device)
 
@@ -201,7 +201,7 @@ def _select_in_pytorch(rule: str, size: _Size) -> Benchmark:
             gather_compact(g, kept_channels(mask, selection.k(d_ffn)))
             return pack_bitmask(mask)
 
-        return Contender(name, call)
+        return TimedMethod(name, call)
 
     return Benchmark(name, size.step_tokens, open_selection)
 
@@ -212,13 +212,13 @@ def _model_step(method_name: str, rule: str | None, size: _Size) -> Benchmark:
     config = get_preset(size.model).with_(vocab_size=_VOCABULARY, max_seq_len=size.seq_len)
     name = _name("model-step", method_name, rule)
 
-    def open_step(device: torch.device) -> Contender:
+    def open_step(device: torch.device) -> TimedMethod:
         model = Llama(config, lambda: method.make(config.ffn, selection)).to(device, size.dtype)
         generator = torch.Generator(device).manual_seed(0)
         shape = (size.batch, size.seq_len + 1)
         text = torch.randint(config.vocab_size, shape, generator=generator, device=device)
         tokens, targets = text[:, :-1].contiguous(), text[:, 1:].contiguous()
         weights = list(model.parameters())
-        return Contender(name, lambda: torch.autograd.grad(model.loss(tokens, targets), weights))
+        return TimedMethod(name, lambda: torch.autograd.grad(model.loss(tokens, targets), weights))
 
     return Benchmark(name, size.batch * size.seq_len, open_step)

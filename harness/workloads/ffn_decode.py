@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from harness.measure import roofline
 from harness.measure.ffn import FfnTensors, decoding_call, weight_copies, with_weights
-from harness.measure.launch import Contender, load_libraries
+from harness.measure.launch import TimedMethod, load_libraries
 from harness.measure.timing import PairedTimes
 from harness.workloads.group import (
     Bench,
@@ -66,9 +66,9 @@ class _ReadyMethod:
     layers: list[nn.Module]  # one per copy, compiled if the method wants it
     call: Callable[[], object]
 
-    def timed(self, _quantity: str) -> Contender:
+    def timed(self, _quantity: str) -> TimedMethod:
         dense = self.planned.method.is_dense
-        return Contender(self.planned.name, self.call, anchor=dense, calls=len(self.layers))
+        return TimedMethod(self.planned.name, self.call, anchor=dense, calls=len(self.layers))
 
 
 def run(job: Job, report: Reporter) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from harness.measure import memory, roofline
 from harness.measure.ffn import FfnTensors, TrainingCalls, ffn_weights, natural_tensors
-from harness.measure.launch import Contender, load_libraries
+from harness.measure.launch import TimedMethod, load_libraries
 from harness.measure.stats import Estimate, without_interval
 from harness.measure.timing import PairedTimes
 from harness.workloads.group import (
@@ -65,11 +65,11 @@ class _ReadyMethod:
     layers: nn.Sequential  # not compiled
     calls: TrainingCalls
 
-    def timed(self, quantity: str) -> Contender:
+    def timed(self, quantity: str) -> TimedMethod:
         calls = self.calls
         work = {"forward": calls.forward, "backward": calls.backward, "step": calls.step}[quantity]
         prepare = calls.prepare_backward if quantity == "backward" else None
-        return Contender(self.planned.name, work, prepare, anchor=self.planned.method.is_dense)
+        return TimedMethod(self.planned.name, work, prepare, anchor=self.planned.method.is_dense)
 
 
 def run(job: Job, report: Reporter) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from harness.measure import memory
 from harness.measure.ffn import with_weights
-from harness.measure.launch import FLUSH_FACTOR, Contender, load_libraries
+from harness.measure.launch import FLUSH_FACTOR, TimedMethod, load_libraries
 from harness.measure.stats import without_interval
 from harness.measure.timing import PairedTimes
 from harness.sweep.point import Point
@@ -100,12 +100,12 @@ class _ReadyMethod:
         """Back to where the prompt was just read."""
         self.decoder.rewind(self.prompt.shape[1], self.second)
 
-    def timed(self, quantity: str) -> Contender:
+    def timed(self, quantity: str) -> TimedMethod:
         """`decode`: the loop after the prompt; `first`: the prompt."""
         name, anchor = self.planned.name, self.planned.method.is_dense
         if quantity == "first":
-            return Contender(name, self.read_prompt, anchor=anchor)
-        return Contender(name, self.decoder.step, self.rewind, anchor=anchor, repeats=NEW_TOKENS)
+            return TimedMethod(name, self.read_prompt, anchor=anchor)
+        return TimedMethod(name, self.decoder.step, self.rewind, anchor=anchor, repeats=NEW_TOKENS)
 
 
 def run(job: Job, report: Reporter) -> None:

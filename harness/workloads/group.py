@@ -19,9 +19,9 @@ from harness.measure import gate, stats
 from harness.measure.clocks import TimingConditions
 from harness.measure.ffn import DTYPES, FfnTensors, ffn_weights
 from harness.measure.gate_data import chunk_rows
-from harness.measure.launch import Contender, first_call_seconds
+from harness.measure.launch import TimedMethod, first_call_seconds
 from harness.measure.memory import is_out_of_memory
-from harness.measure.timing import ContenderFailed, PairedTimes, TimingSettings, time_paired
+from harness.measure.timing import MethodFailed, PairedTimes, TimingSettings, time_paired
 from harness.sweep.catalog import ALIGNMENT
 from harness.sweep.model import Measure
 from harness.sweep.point import Point
@@ -234,7 +234,7 @@ def compiled(group: Group, planned: PlannedMethod, work: _Work) -> _Work:
 
 def report_compile_time(bench: Bench, planned: PlannedMethod, call: Callable[[], object]) -> None:
     """Run `call` for the first time; what that cost more than a steady call is the row `compile_s`."""
-    first, steady = first_call_seconds(Contender(planned.name, call), bench.group.device)
+    first, steady = first_call_seconds(TimedMethod(planned.name, call), bench.group.device)
     seconds = stats.without_interval(max(0.0, first - steady), statistic="first_minus_steady")
     bench.report.measure(planned.point, "compile_s", seconds)
 
@@ -280,7 +280,7 @@ def time_methods(
     bench: Bench,
     ready: list[_Ready],
     quantities: Sequence[str],
-    timed: Callable[[_Ready, str], Contender],
+    timed: Callable[[_Ready, str], TimedMethod],
     mode: str,
 ) -> tuple[list[_Ready], dict[str, PairedTimes]]:
     """Paired times of all methods by quantity, and the methods that got through.
@@ -300,7 +300,7 @@ def time_methods(
                 times[quantity] = time_paired(calls, bench.timing, bench.group.device, mode, begin)
                 release_memory(bench.group)
             return ready, times
-        except ContenderFailed as failure:
+        except MethodFailed as failure:
             _settle_failure(report, failure, points[failure.name])
             failed = failure.name
         # Out of the handler, so that the failed attempt's frames no longer hold its memory.
@@ -309,7 +309,7 @@ def time_methods(
     return [], {}
 
 
-def _settle_failure(report: Reporter, failure: ContenderFailed, point: Point) -> None:
+def _settle_failure(report: Reporter, failure: MethodFailed, point: Point) -> None:
     if not failure.out_of_memory:
         report.start(point)
         raise failure.__cause__ or failure

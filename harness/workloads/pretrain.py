@@ -1,6 +1,6 @@
 """Pre-train one model from its seed: throughput, peak memory, and perplexity on the held-out text.
 
-One point per process: a training run is minutes long, so rivals cannot alternate within it. They are paired
+One point per process: a training run is minutes long, so methods cannot alternate within it. They are paired
 by their weights, batches and evaluation text instead, which are the same for every method of a seed.
 """
 

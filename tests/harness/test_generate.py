@@ -12,7 +12,7 @@ from torch import Tensor
 from harness.errors import SpecError
 from harness.measure import launch
 from harness.measure.ffn import with_weights
-from harness.measure.launch import Contender, CpuSampler
+from harness.measure.launch import CpuSampler, TimedMethod
 from harness.run.plan import units
 from harness.sweep.grid import expand
 from harness.sweep.load import load_sweep, parse_sweep
@@ -254,14 +254,12 @@ def test_a_repeated_call_is_prepared_once_and_timed_per_run() -> None:
     """A sample of a loop runs `prepare` once and `call` as often as said; its time is that of one run."""
     done: list[str] = []
     sampler = CpuSampler()
-    contender = Contender(
-        "a", lambda: done.append("call"), lambda: done.append("prepare"), calls=2, repeats=5
-    )
-    sampler.add(contender)
+    method = TimedMethod("a", lambda: done.append("call"), lambda: done.append("prepare"), calls=2, repeats=5)
+    sampler.add(method)
     done.clear()
     sampler.sample("a")
     assert done == ["prepare", *["call"] * 5]
-    assert contender.units == 10
+    assert method.units == 10
 
 
 SWEEP = """\
@@ -278,7 +276,7 @@ fixed: {seq_len: 16, dtype: fp32}
 
 
 def test_a_sweep_of_it_becomes_groups_of_whole_models() -> None:
-    """Points have the preset's depth, heads and the default vocabulary; rivals share a process."""
+    """Points have the preset's depth, heads and the default vocabulary; methods share a process."""
     part = parse_sweep(SWEEP, "s.yaml").parts[0]
     points = expand(part)
     assert len(points) == 2 * 2 * 3
@@ -295,7 +293,7 @@ def test_a_sweep_of_it_needs_a_prompt_length() -> None:
 
 @pytest.mark.parametrize("name", ["generate_h100", "generate_quick"])
 def test_the_sweeps_that_come_with_it_are_valid(name: str, request: pytest.FixtureRequest) -> None:
-    """Every point of the shipped sweeps can be expanded, and each group has a dense rival."""
+    """Every point of the shipped sweeps can be expanded, and each group has a dense method."""
     sweep = load_sweep(request.config.rootpath / "sweeps" / f"{name}.yaml")
     for part in sweep.parts:
         points = expand(part)
