@@ -1,9 +1,9 @@
 """`mocbench history`: each benchmark over the runs of `make bench` that are kept, and where it changed.
 
-Runs are told apart by the machine they ran on, from the record that each file holds. Where a series changes
-is found by `ruptures` (PELT, Killick et al. 2012): the cut of the series into levels that explains it best,
-where every level more has to earn its place. Distances from a level's median are added up, not their squares,
-and a level has at least two runs, so one bad run is no change.
+Runs are grouped by machine, from the record that each file holds. `ruptures` (PELT, Killick et al. 2012)
+finds where a series changes: it cuts the series into the levels that explain it best, with a penalty for each
+level. The cost sums distances from a level's median, not their squares, and a level has at least two runs, so
+one bad run is no change.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from harness.regression.compare.verdict import RULES
 from harness.report.plots.style import Board
 
 MIN_LEVEL = 2  # runs
-# What a run's median scatters by at least, as a share; a series that happens to be smoother proves nothing.
+# Least scatter that is assumed of a run's median, as a share; a series may be smoother by chance.
 _LEAST_SCATTER = 0.003
-# What a level more must save, in log(runs) times the scatter. The Bayesian criterion for its place and height
-# says 1, for scatter as heavy-tailed as sums of distances assume; twice that for fewer, surer changes.
+# Penalty of one more level, in units of log(runs) times the scatter. The Bayesian information criterion gives
+# 1 for this cost; twice that gives fewer and surer changes.
 _PENALTY = 2.0
 _MACHINE = ("device", "device_name", "gpu_id", "cpu_cores", "os")
 _SOFTWARE = ("torch", "triton", "cuda", "driver", "python")

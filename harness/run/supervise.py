@@ -127,7 +127,7 @@ class _Trial:
         self._deadline = time.monotonic() + limits.trial_seconds
         self._failed: Finished | None = None
         self._samples: dict[str, list[dict[str, Any]]] = {}
-        self._stopped = False  # the training at work is not worth its end
+        self._stopped = False  # a pruner ended the training
         self.finished: set[str] = set()
 
     def run(self, command: Sequence[str], environment: dict[str, str]) -> Finished | None:

@@ -22,8 +22,14 @@ def judged(low: float, high: float, base_ms: float = 1.0) -> str:
 @pytest.mark.parametrize(
     ("low", "high", "verdict"),
     [
-        *((-0.5, 0.5, "SAME"), (-1.4, 1.4, "SAME"), (2.6, 3.4, "SLOW"), (-3.4, -2.6, "FAST")),
-        *((1.4, 4.0, "AMBG"), (-4.0, -1.4, "AMBG"), (-2.0, 2.0, "AMBG"), (900.0, 1000.0, "SLOW")),
+        (-0.5, 0.5, "SAME"),
+        (-1.4, 1.4, "SAME"),
+        (2.6, 3.4, "SLOW"),
+        (-3.4, -2.6, "FAST"),
+        (1.4, 4.0, "AMBG"),
+        (-4.0, -1.4, "AMBG"),
+        (-2.0, 2.0, "AMBG"),
+        (900.0, 1000.0, "SLOW"),
     ],
 )
 def test_the_whole_interval_decides(low: float, high: float, verdict: str) -> None:

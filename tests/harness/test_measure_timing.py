@@ -14,6 +14,7 @@ import torch
 from harness.measure import launch, stats
 from harness.measure.launch import CudaSampler, TimedMethod
 from harness.measure.timing import (
+    MODES,
     MethodFailed,
     TimingSettings,
     half_widths,
@@ -22,6 +23,7 @@ from harness.measure.timing import (
     run_rounds,
     time_paired,
 )
+from harness.sweep.catalog import TIMING_MODES
 
 CPU = torch.device("cpu")
 NAMES = ["a", "b", "c", "d"]
@@ -208,6 +210,12 @@ def test_a_sample_does_not_hold_the_time_of_giving_its_result_back() -> None:
     times = time_paired([TimedMethod("a", Slow)], TimingSettings(min_rounds=4, max_rounds=4), CPU)
     assert Slow.released == 4 + launch.CPU_WARMUP_CALLS
     assert np.median(times.samples["a"]) < 0.5  # the loop takes milliseconds
+
+
+def test_a_sweep_names_modes_that_there_are() -> None:
+    """The modes of a sweep file are modes of the timer; the rotated ones are the workloads' own choice."""
+    assert set(MODES) - set(TIMING_MODES) == {"graph_rotated", "launch_rotated"}
+    assert set(TIMING_MODES) < set(MODES)
 
 
 @pytest.mark.parametrize(

@@ -104,8 +104,7 @@ def judge(change: Change, base_ms: float, rule: Rule) -> Verdict:
 def final(looks: Sequence[Verdict]) -> Verdict | None:
     """The verdict of one or more looks at the same change, in order; None if another look is needed.
 
-    The last look counts, but SLOW stands only if it came out twice in a row; a SLOW that did not come out
-    again leaves it open.
+    The last look counts. SLOW needs two looks in a row; a SLOW that was not confirmed makes the verdict AMBG.
     """
     if looks[-1] == "SLOW":
         return "SLOW" if looks[-2:-1] == ["SLOW"] else None
