@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from rich.table import Table
 from harness.measure.environment import environment_record
 from harness.measure.roofline import ensure_ceilings
 from harness.measure.selftest import SelfTestRow, dense_training_step, run_self_test
-from harness.measure.timing import TimingSettings
+from harness.measure.stats import Verdict
+from harness.measure.timing import PairedTimes
+from harness.regression.compare.verdict import RULES, judge_rounds
 from harness.workloads.profiler_check import ProfilerCheck, check_against_profiler
 from moc.config import get_preset
 
@@ -61,15 +64,29 @@ def examine(
 
 
 def _self_test(device: str, trials: int) -> list[SelfTestRow]:
+    """The self-test of the judge of `mocbench compare`, with its rule for the device."""
     preset, tokens, dtype = _SELF_TEST[device]
     call = dense_training_step(torch.device(device), preset, tokens, dtype)
-    return run_self_test(call, torch.device(device), TimingSettings(), trials)
+    rule = RULES[device]
+
+    def verdict_of_compare(take: Callable[[int], PairedTimes], seed: int) -> Verdict:
+        return judge_rounds(take, rule, seed=seed)[0]
+
+    return run_self_test(call, torch.device(device), rule.timing(seed=0), trials, verdict_of_compare)
 
 
 def _self_test_table(rows: list[SelfTestRow], device: str) -> Table:
     preset, tokens, dtype = _SELF_TEST[device]
     table = Table(
-        *("injected", "trials", "SAME", "SLOW", "FAST", "AMBG", "at the cap", "median ratio", "rounds"),
+        "injected",
+        "trials",
+        "SAME",
+        "SLOW",
+        "FAST",
+        "AMBG",
+        "at the cap",
+        "median ratio",
+        "rounds",
         title=f"a dense training step against itself ({preset}, {tokens:,} tokens, {dtype})",
     )
     for row in rows:
@@ -85,7 +102,12 @@ def _self_test_table(rows: list[SelfTestRow], device: str) -> Table:
 
 def _profiler_table(checks: dict[str, ProfilerCheck]) -> Table:
     table = Table(
-        *("shape", "graph us", "profiler us", "difference", "of it in kernels", "kernels"),
+        "shape",
+        "graph us",
+        "profiler us",
+        "difference",
+        "of it in kernels",
+        "kernels",
         title="decoding, dense, batch 1",
     )
     for name, check in checks.items():

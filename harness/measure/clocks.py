@@ -1,6 +1,6 @@
 """Conditions under which a block of samples was taken: clocks, temperature, power, throttle reasons.
 
-Only ever read. A sample taken under throttling is labelled, not dropped: both rivals of a round suffered it.
+Only ever read. A sample taken under throttling is labelled, not dropped: both methods of a round suffered it.
 """
 
 from __future__ import annotations
@@ -64,6 +64,20 @@ class ClockReader:
 def throttle_names(bits: int) -> tuple[str, ...]:
     """Names of the reasons set in NVML's bit field, less those that do not slow the card."""
     return tuple(name for bit, name in _THROTTLE_REASONS.items() if bits & bit)
+
+
+@dataclass(frozen=True)
+class TimingConditions:
+    """Under what conditions a timed number was taken, over all readings; None where nothing was read."""
+
+    mode: str  # how the work was launched
+    sm_clock_mhz: float | None
+    throttled: bool | None
+
+    @classmethod
+    def of(cls, mode: str, readings: Sequence[Conditions | None]) -> TimingConditions:
+        """From readings of the card."""
+        return cls(mode, median_sm_clock(readings), any_throttled(readings))
 
 
 def median_sm_clock(blocks: Sequence[Conditions | None]) -> float | None:

@@ -12,6 +12,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from harness.measure.clocks import open_nvml
@@ -38,7 +39,7 @@ def environment_record(device: str) -> dict[str, Any]:
         "cpu_model": _cpu_model(),
         "cpu_cores": _cores(),
         "torch_threads": torch.get_num_threads(),
-        "ram_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "ram_bytes": psutil.virtual_memory().total,
         **_git(),
         **(_gpu() if device == "cuda" else {}),
     }
@@ -110,7 +111,8 @@ def _cpu_model() -> str | None:
 
 def _cores() -> int:
     """Cores this process may use, which in a container is not what the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    process = psutil.Process()  # macOS knows no affinity
+    return len(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else psutil.cpu_count() or 1
 
 
 def _version(package: str) -> str | None:

@@ -1,13 +1,15 @@
-"""The FFN under test: its weights, its inputs, and the three things a training step is timed as."""
+"""The FFN under test: its weights, its inputs, and what of a training or decoding step is timed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from harness.measure.launch import rotated_copies
 from moc.config import FfnShape
 
 DTYPES: dict[str, torch.dtype] = {
@@ -58,7 +60,7 @@ def normal(size: tuple[int, ...], std: float, generator: torch.Generator, dtype:
 def ffn_weights(module: nn.Module, shape: FfnShape) -> dict[str, nn.Parameter]:
     """The parameters w_gate, w_up and w_down of a module.
 
-    Raises ValueError if one is missing or not [d_ffn, d_model], or if there are others: a rival with weights
+    Raises ValueError if one is missing or not [d_ffn, d_model], or if there are others: a method with weights
     of its own computes another function.
     """
     named = dict(module.named_parameters())
@@ -76,11 +78,11 @@ def ffn_weights(module: nn.Module, shape: FfnShape) -> dict[str, nn.Parameter]:
 
 
 class TrainingCalls:
-    """What a training step of one FFN is, exactly, and its parts; every rival does the same.
+    """What a training step of one FFN is, exactly, and its parts; every method does the same.
 
     - forward: `module(x)` with everything kept that backward needs. Input and weights require gradients.
     - backward: the gradients of x and of the weights for a given dy, into fresh tensors. Nothing is
-      accumulated and nothing zeroed, so no rival pays for bookkeeping that an optimiser could place
+      accumulated and nothing zeroed, so no method pays for bookkeeping that an optimiser could place
       elsewhere. Saved tensors are released as backward goes, as in training, so each backward needs a forward
       of its own before it.
     - step: forward, then backward. It is not the sum of the two as timed alone, since each of them starts
@@ -114,3 +116,31 @@ class TrainingCalls:
     def step(self) -> tuple[Tensor, ...]:
         """Forward, then the gradients of x, w_gate, w_up, w_down."""
         return torch.autograd.grad(self._run(self._x), self._inputs, self._dy)
+
+
+def with_weights(layer: nn.Module, tensors: FfnTensors) -> nn.Module:
+    """A copy of the layer on other weights."""
+    other = copy.deepcopy(layer)
+    shape = FfnShape(d_model=tensors.w_gate.shape[1], d_ffn=tensors.w_gate.shape[0])
+    for name, weight in ffn_weights(other, shape).items():
+        weight.data = getattr(tensors, name)
+    return other
+
+
+def weight_copies(
+    least_read: float, shape: FfnShape, batch: int, dtype: torch.dtype, device: torch.device, seed: int
+) -> list[FfnTensors]:
+    """As many copies of the weights as `rotated_copies` asks for, each of its own values."""
+    count = rotated_copies(least_read, device)
+    return [natural_tensors(shape, batch, dtype, device, seed + 1000 * number) for number in range(count)]
+
+
+def decoding_call(layers: Sequence[Callable[[Tensor], Tensor]], x: Tensor) -> Callable[[], None]:
+    """One decoding step with each layer in turn, all on the same input, without gradients."""
+
+    def call() -> None:
+        with torch.no_grad():
+            for layer in layers:
+                layer(x)
+
+    return call

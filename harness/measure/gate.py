@@ -24,6 +24,7 @@ Frobenius error of about 0.42 u.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -114,7 +115,7 @@ def check(
                 weight.copy_(kept[name])
     worst = max((error.frobenius for error in errors.values()), default=0.0)
     if problems:
-        worst = float("inf")  # a tensor is missing or is another kind of tensor
+        worst = math.inf  # a tensor is missing or is another kind of tensor
     tolerance = TOLERANCE[w_gate.dtype]
     for name, error in errors.items():
         rounded = 0.0 if name.endswith(".y") else kept_roundoff
@@ -237,13 +238,13 @@ class _Errors:
         self._squares += float(difference.square().sum())
         self._norm += float(truth.square().sum())
         largest = float(element.max())
-        self._element = max(self._element, largest if largest == largest else float("inf"))
+        self._element = max(self._element, math.inf if math.isnan(largest) else largest)
 
     def result(self) -> TensorError:
         if self._squares == 0.0:
             return TensorError(0.0, self._element)
-        relative = (self._squares / self._norm) ** 0.5 if self._norm > 0 else float("inf")
-        return TensorError(relative if relative == relative else float("inf"), self._element)
+        relative = (self._squares / self._norm) ** 0.5 if self._norm > 0 else math.inf
+        return TensorError(math.inf if math.isnan(relative) else relative, self._element)
 
 
 def poison_free_memory(device: torch.device) -> None:
@@ -258,5 +259,5 @@ def poison_free_memory(device: torch.device) -> None:
     torch.cuda.empty_cache()
     free, _total = torch.cuda.mem_get_info(device)
     sizes = [min(free // 2, 4 * 1024**3) // 4, *[2**16] * 64]
-    blocks = [torch.full((size,), float("nan"), device=device, dtype=torch.float32) for size in sizes]
+    blocks = [torch.full((size,), math.nan, device=device, dtype=torch.float32) for size in sizes]
     del blocks

@@ -1,4 +1,4 @@
-"""One sample: run a contender's work once and say how long the device took, with no launch cost in it.
+"""One sample: run a method's work once and say how long the device took, with no launch cost in it.
 
 Each choice of measurement is argued where it is made: `CudaSampler`, `L2Flush`, `CpuSampler`.
 """
@@ -21,7 +21,7 @@ from harness.measure.memory import is_out_of_memory
 
 FLUSH_FACTOR = 4  # times the last-level cache: replacement is not strictly by age, so 1x leaves lines behind
 MAX_CPU_FLUSH_BYTES = 128 * 1024 * 1024
-WARMUP_CALLS = 3  # of every contender, before its first sample
+WARMUP_CALLS = 3  # of every method, before its first sample
 CPU_WARMUP_CALLS = 1  # there are no clocks to raise and no streams to fill, and calls are long
 _CPU_COPIES = 8
 _BACKLOG_MS = 0.1  # first length of the spin; it doubles until it is enough
@@ -29,11 +29,11 @@ _BACKLOG_TRIES = 9  # so the longest is 25 ms; no host needs that long to queue 
 
 
 @dataclass(frozen=True)
-class Contender:
-    """One rival of a paired timing.
+class TimedMethod:
+    """One method of a paired timing.
 
     `call` does the work to be timed, always on the same tensors. `prepare`, if given, runs untimed before
-    each call (a forward pass before a timed backward). `anchor` marks a rival that others are compared with
+    each call (a forward pass before a timed backward). `anchor` marks a method that others are compared with
     (a dense method). `calls` is how many units of work one call does: times are per unit. `repeats` is how
     often `call` runs in a row in one sample, after one `prepare`, as a decoding step does in its loop: it is
     captured once and replayed; times are per run.
@@ -53,7 +53,7 @@ class Contender:
 
 
 class CaptureError(RuntimeError):
-    """A contender that cannot run inside a CUDA graph; `name` says which."""
+    """A method that cannot run inside a CUDA graph; `name` says which."""
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(f"{name} cannot be captured in a CUDA graph: {reason}")
@@ -65,14 +65,14 @@ class Sampler(Protocol):
 
     mode: str
 
-    def add(self, contender: Contender) -> None:
-        """Warm the contender up and get it ready to be sampled; the same calls for every contender."""
+    def add(self, method: TimedMethod) -> None:
+        """Warm the method up and get it ready to be sampled; the same calls for every method."""
 
     def sample(self, name: str) -> float:
-        """Milliseconds of one unit of an added contender's work."""
+        """Milliseconds of one unit of an added method's work."""
 
     def host_bound(self) -> list[str]:
-        """Contenders that made the device wait for the host, so that their times hold launch gaps."""
+        """Methods that made the device wait for the host, so that their times hold launch gaps."""
 
 
 class CpuSampler:
@@ -87,26 +87,26 @@ class CpuSampler:
 
     def __init__(self) -> None:
         self._flush_buffer = torch.zeros(cpu_flush_bytes() // 4, dtype=torch.float32)
-        self._contenders: dict[str, Contender] = {}
+        self._methods: dict[str, TimedMethod] = {}
 
-    def add(self, contender: Contender) -> None:
+    def add(self, method: TimedMethod) -> None:
         """See `Sampler`."""
-        self._contenders[contender.name] = contender
+        self._methods[method.name] = method
         for _ in range(CPU_WARMUP_CALLS):
-            self.sample(contender.name)
+            self.sample(method.name)
 
     def sample(self, name: str) -> float:
         """See `Sampler`; wall clock."""
-        contender = self._contenders[name]
-        if contender.prepare is not None:
-            contender.prepare()
+        method = self._methods[name]
+        if method.prepare is not None:
+            method.prepare()
         self._flush_buffer.add_(1.0)
         begin = time.perf_counter_ns()
-        for _ in range(contender.repeats):
-            result = contender.call()
+        for _ in range(method.repeats):
+            result = method.call()
         elapsed = time.perf_counter_ns() - begin
         del result  # not before: giving memory back is not part of the work
-        return elapsed / 1e6 / contender.units
+        return elapsed / 1e6 / method.units
 
     def host_bound(self) -> list[str]:
         """See `Sampler`; the host is the device."""
@@ -118,10 +118,10 @@ class CudaSampler:
 
     `mode` is made of two words. How the work is launched:
 
-    - `graph`: every contender is its own CUDA graph, and a sample is one replay. Warm-up runs on a side
+    - `graph`: every method is its own CUDA graph, and a sample is one replay. Warm-up runs on a side
       stream before capture, as PyTorch's notes on CUDA graphs ask. All graphs share one memory pool. No graph
       reads what another wrote: inputs and weights live outside the pool, and a graph writes each temporary
-      before it reads it, so they may use the same memory in turn; without this the temporaries of all rivals
+      before it reads it, so they may use the same memory in turn; without this the temporaries of all methods
       would be held at once. What a call returns is dropped at capture, so it goes back to the pool; what
       `prepare` leaves for `call` (an output with its saved tensors) is held until `call` is captured, and
       `prepare` is replayed before every replay of `call`, which may have overwritten it.
@@ -138,7 +138,7 @@ class CudaSampler:
     so the time between the events holds no launch gap. That is checked for every sample, not assumed: if the
     GPU has already passed the first event when the last launch is queued, the sample is thrown away and the
     spin doubled. Work that waits for the device in its middle (a `.item()`, a `nonzero`) can never be queued
-    whole; after several doublings its samples are taken as they are, and `host_bound` names the contender.
+    whole; after several doublings its samples are taken as they are, and `host_bound` names the method.
     """
 
     def __init__(self, device: torch.device, mode: str) -> None:
@@ -148,28 +148,28 @@ class CudaSampler:
         self._flush = L2Flush(device) if self._caches == "cold" else None
         self._cycles_per_ms = spin_cycles_per_ms()
         self._timers: dict[str, _EventTimer] = {}
-        self._contenders: list[Contender] = []  # a graph does not keep the tensors that it reads
+        self._methods: list[TimedMethod] = []  # a graph does not keep the tensors that it reads
 
-    def add(self, contender: Contender) -> None:
+    def add(self, method: TimedMethod) -> None:
         """See `Sampler`. Raises CaptureError if it cannot be captured; out of memory is passed on."""
-        self._contenders.append(contender)
-        prepare, call = contender.prepare, contender.call
+        self._methods.append(method)
+        prepare, call = method.prepare, method.call
         if self._pool is not None:
-            _warm_up_on_side_stream(contender)
+            _warm_up_on_side_stream(method)
             if prepare is not None:
-                prepare = _capture(contender.name, prepare, self._pool).replay
-            call = _capture(contender.name, call, self._pool).replay
-        if contender.repeats > 1:
-            call = _in_a_row(call, contender.repeats)
+                prepare = _capture(method.name, prepare, self._pool).replay
+            call = _capture(method.name, call, self._pool).replay
+        if method.repeats > 1:
+            call = _in_a_row(call, method.repeats)
         before = [step for step in (prepare,) if step is not None]
         if self._caches == "hot":
             before = [*before, call, *before]
         if self._flush is not None:
             before.append(self._flush)
-        timer = _EventTimer(before, call, contender.units, self._cycles_per_ms)
+        timer = _EventTimer(before, call, method.units, self._cycles_per_ms)
         for _ in range(WARMUP_CALLS):
             timer.sample()
-        self._timers[contender.name] = timer
+        self._timers[method.name] = timer
 
     def sample(self, name: str) -> float:
         """See `Sampler`."""
@@ -264,18 +264,18 @@ def cpu_flush_bytes() -> int:
     return min(2 * max(sizes), MAX_CPU_FLUSH_BYTES)
 
 
-def first_call_seconds(contender: Contender, device: torch.device) -> tuple[float, float]:
+def first_call_seconds(method: TimedMethod, device: torch.device) -> tuple[float, float]:
     """Wall time of a first call and of a steady one (the faster of two more), in seconds, device included.
 
     Their difference is what compilation and autotuning cost. Libraries must have been loaded before, see
-    `load_libraries`, or the first rival pays for all.
+    `load_libraries`, or the first method pays for all.
     """
 
     def wall() -> float:
         begin = time.perf_counter()
-        if contender.prepare is not None:
-            contender.prepare()
-        contender.call()
+        if method.prepare is not None:
+            method.prepare()
+        method.call()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter() - begin
@@ -284,7 +284,7 @@ def first_call_seconds(contender: Contender, device: torch.device) -> tuple[floa
 
 
 def load_libraries(device: torch.device, dtype: torch.dtype) -> None:
-    """Run a small product and its gradients, so that no contender's first call pays for what all share.
+    """Run a small product and its gradients, so that no method's first call pays for what all share.
 
     That is cuBLAS, the kernels' module, threads, and what autograd imports when it is first given a gradient.
     The gradient of silu comes first: autograd's thread must have launched a kernel before it may call cuBLAS,
@@ -297,7 +297,7 @@ def load_libraries(device: torch.device, dtype: torch.dtype) -> None:
         torch.cuda.synchronize(device)
 
 
-def _warm_up_on_side_stream(contender: Contender) -> None:
+def _warm_up_on_side_stream(method: TimedMethod) -> None:
     """Call it a few times where a capture would, the last time refusing to wait for the device.
 
     Raises CaptureError if it waits. Most work that cannot be captured is found out here, before a capture is
@@ -309,13 +309,13 @@ def _warm_up_on_side_stream(contender: Contender) -> None:
         for call in range(WARMUP_CALLS):
             _on_wait("error" if call == WARMUP_CALLS - 1 else "default")
             try:
-                if contender.prepare is not None:
-                    contender.prepare()
-                contender.call()
+                if method.prepare is not None:
+                    method.prepare()
+                method.call()
             except RuntimeError as error:
                 if "synchronizing CUDA operation" not in str(error):
                     raise
-                raise CaptureError(contender.name, "it waits for the device") from error
+                raise CaptureError(method.name, "it waits for the device") from error
             finally:
                 _on_wait("default")
     torch.cuda.current_stream().wait_stream(stream)

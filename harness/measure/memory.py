@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -176,15 +177,20 @@ def peak_rss_over_start_bytes(call: Callable[[], object]) -> int:
     gc.collect()
     _trim_heap()
     if _reset_peak_rss():
-        start = _status_bytes("VmRSS")
+        start = resident_bytes()
         result = call()
-        peak = _status_bytes("VmHWM")
+        peak = _high_water_bytes()
     else:
         start = _lifetime_peak_rss()
         result = call()
         peak = _lifetime_peak_rss()
     del result
     return max(0, peak - start)
+
+
+def resident_bytes() -> int:
+    """Resident set of this process now."""
+    return int(psutil.Process().memory_info().rss)
 
 
 def predicted_peak(
@@ -220,11 +226,10 @@ def _reset_peak_rss() -> bool:
     return True
 
 
-def _status_bytes(field: str) -> int:
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {field}")
+def _high_water_bytes() -> int:
+    """Peak resident set since the last reset, which psutil does not tell."""
+    text = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(text.partition("VmHWM:")[2].split()[0]) * 1024
 
 
 def _lifetime_peak_rss() -> int:

@@ -21,6 +21,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from harness.measure.cache import cache_folder
 from harness.measure.environment import device_name, environment_record, gpu_identity
 from harness.measure.ffn import DTYPES
 from harness.measure.timing import TimingSettings, median_ms
@@ -198,7 +199,10 @@ def store_ceilings(device: torch.device, ceilings: Ceilings) -> None:
 
 
 def _ceilings_path(device: torch.device) -> Path:
-    root = Path(os.environ.get("MOCBENCH_CACHE") or Path.home() / ".cache" / "mocbench")
     identity = f"-{gpu_identity()}" if device.type == "cuda" else ""
     name = f"{device_name(device.type)}{identity}-torch-{torch.__version__}"
-    return root / "ceilings" / ("".join(c if c.isalnum() or c in ".-+" else "_" for c in name) + ".json")
+    return (
+        cache_folder()
+        / "ceilings"
+        / ("".join(c if c.isalnum() or c in ".-+" else "_" for c in name) + ".json")
+    )

@@ -1,10 +1,15 @@
-"""Does the referee tell the truth? A method against itself, and against itself slowed down by a known amount.
+"""Does the judge tell the truth? A method against itself, and against itself slowed down by a known amount.
 
-A trial is what a sweep does once for a pair of methods: paired rounds until the stopping rule is content, a
-bootstrap interval, a verdict. Many trials give the rates at which verdicts are wrong:
+A trial asks the judge of `mocbench compare` about one pair: it takes paired rounds until the stopping rule is
+content, gives a verdict, and takes more rounds where it wants another look. Many trials give the rates at
+which verdicts are wrong:
 
 - nothing injected (A/A): every verdict that is not SAME is a false alarm;
 - 1, 3 or 5 % injected: every verdict that is not SLOW is a miss, of a real change of that size.
+
+The judge is an argument, since this package knows of no verdicts: `harness.doctor` passes that of `compare`.
+One thing differs from `compare`: each look takes new rounds of the same two captured calls, where `compare`
+opens both sides anew, elsewhere in memory.
 
 The injected work is a spin of the wanted fraction of the call's own median time, on the device, after the
 call and inside what is timed (inside the CUDA graph where there is one). A spin is used rather than more
@@ -22,14 +27,18 @@ import numpy as np
 import torch
 
 from harness.measure import stats
-from harness.measure.clocks import ClockReader
+from harness.measure.clocks import ClockReader, Conditions
 from harness.measure.ffn import DTYPES, WEIGHTS, TrainingCalls, ffn_weights, natural_tensors
-from harness.measure.launch import Contender, spin_cycles_per_ms
-from harness.measure.timing import TimingSettings, open_sampler, run_rounds, time_paired
+from harness.measure.launch import Sampler, TimedMethod, spin_cycles_per_ms
+from harness.measure.timing import PairedTimes, TimingSettings, open_sampler, run_rounds, time_paired
 from moc.config import get_preset
 from moc.methods import get_method
 
 INJECTED = (0.0, 0.01, 0.03, 0.05)
+SIDES = ("base", "head")
+# Gives a verdict on "head" against "base", from rounds that it takes, as many times as it wants; the number
+# given to the function is that of the look. The second argument seeds the bootstrap.
+Judge = Callable[[Callable[[int], PairedTimes], int], stats.Verdict]
 _BASE = "base"
 
 
@@ -49,55 +58,81 @@ class SelfTestRow:
     median_rounds: float
 
 
+@dataclass(frozen=True)
+class Trial:
+    """What came of one trial; the ratio (base over slowed) and the cap are those of the last look."""
+
+    verdict: stats.Verdict
+    ratio: stats.Estimate
+    capped: bool
+
+
 def run_self_test(
     call: Callable[[], object],
     device: torch.device,
     settings: TimingSettings,
     trials: int,
+    judge: Judge,
     mode: str = "auto",
     injected: Sequence[float] = INJECTED,
-    threshold: float = stats.DEFAULT_THRESHOLD,
 ) -> list[SelfTestRow]:
-    """A table of verdicts, one row per injected slow-down, on a real call.
+    """A table of the judge's verdicts, one row per injected slow-down, on a real call.
 
-    The rivals are captured and warmed up once; each trial takes new rounds in a new order.
+    The calls are captured and warmed up once; each trial takes new rounds in a new order.
     """
-    first = time_paired([Contender(_BASE, call)], settings, device, mode)
+    first = time_paired([TimedMethod(_BASE, call)], settings, device, mode)
     own_ms = float(np.median(first.samples[_BASE]))
-    rivals = {f"+{fraction:.1%}": fraction for fraction in injected}
-    contenders = [Contender(_BASE, call, anchor=True)]
-    contenders += [
-        Contender(name, slowed(call, fraction, own_ms, device)) for name, fraction in rivals.items()
-    ]
-    sampler, _notes = open_sampler(contenders, device, mode)
+    names = {f"+{fraction:.1%}": fraction for fraction in injected}
+    methods = [TimedMethod(_BASE, call, anchor=True)]
+    methods += [TimedMethod(name, slowed(call, fraction, own_ms, device)) for name, fraction in names.items()]
+    sampler, _notes = open_sampler(methods, device, mode)
     read = ClockReader(device).read
 
-    def trial(name: str, number: int) -> tuple[stats.Estimate, bool]:
-        seeded = dataclasses.replace(settings, seed=settings.seed + number)
-        times = run_rounds([_BASE, name], [_BASE], sampler.sample, seeded, mode=sampler.mode, read=read)
-        ratio = stats.paired_ratio(times.samples[_BASE], times.samples[name], seeded.seed)
-        return ratio, times.stopped == "cap"
-
-    # Trials of all rivals alternate, so that a bad minute of the machine falls on all rows alike.
-    outcomes: dict[str, list[tuple[stats.Estimate, bool]]] = {name: [] for name in rivals}
+    # Trials of all slow-downs alternate, so that a bad minute of the machine falls on all rows alike.
+    outcomes: dict[str, list[Trial]] = {name: [] for name in names}
     for number in range(trials):
-        for name in rivals:
-            outcomes[name].append(trial(name, number))
-    return [tally(fraction, outcomes[name], threshold) for name, fraction in rivals.items()]
+        seeded = dataclasses.replace(settings, seed=settings.seed + number)
+        for name in names:
+            sample = _sampled_as(sampler, {"base": _BASE, "head": name})
+            outcomes[name].append(run_trial(sample, judge, seeded, sampler.mode, read))
+    return [tally(fraction, outcomes[name]) for name, fraction in names.items()]
 
 
-def tally(injected: float, outcomes: Sequence[tuple[stats.Estimate, bool]], threshold: float) -> SelfTestRow:
-    """One row of the table from the trials' ratios (base over slowed) and whether each was capped."""
-    ratios = [ratio for ratio, _capped in outcomes]
-    verdicts = [stats.verdict(ratio, threshold) for ratio in ratios]
+def _sampled_as(sampler: Sampler, names: dict[str, str]) -> Callable[[str], float]:
+    return lambda side: sampler.sample(names[side])
+
+
+def run_trial(
+    sample: Callable[[str], float],
+    judge: Judge,
+    settings: TimingSettings,
+    mode: str,
+    read: Callable[[], Conditions | None],
+) -> Trial:
+    """One trial over anything that gives milliseconds for "base" and "head"."""
+    looks: list[PairedTimes] = []
+
+    def take(_look: int) -> PairedTimes:
+        looks.append(run_rounds(SIDES, SIDES[:1], sample, settings, mode=mode, read=read))
+        return looks[-1]
+
+    verdict = judge(take, settings.seed)
+    base, head = (looks[-1].samples[side] for side in SIDES)
+    return Trial(verdict, stats.paired_ratio(base, head, settings.seed), looks[-1].stopped == "cap")
+
+
+def tally(injected: float, trials: Sequence[Trial]) -> SelfTestRow:
+    """One row of the table."""
+    verdicts = [trial.verdict for trial in trials]
+    ratios = [trial.ratio for trial in trials]
     return SelfTestRow(
         injected=injected,
-        trials=len(outcomes),
+        trials=len(trials),
         same=verdicts.count("SAME"),
         slow=verdicts.count("SLOW"),
         fast=verdicts.count("FAST"),
         ambiguous=verdicts.count("AMBG"),
-        capped=sum(capped for _ratio, capped in outcomes),
+        capped=sum(trial.capped for trial in trials),
         median_ratio=float(np.median([ratio.value for ratio in ratios])),
         widest=max(stats.relative_half_width(ratio) for ratio in ratios),
         median_rounds=float(np.median([ratio.n_samples for ratio in ratios])),

@@ -1,4 +1,4 @@
-"""From samples to numbers with intervals, and from an interval to a verdict.
+"""From samples to numbers with intervals.
 
 Every interval is a 95 % percentile bootstrap of a median. The percentile method is used rather than BCa
 because timers repeat exact values, and then BCa's acceleration is 0/0. Medians are used because a timer's
@@ -23,11 +23,6 @@ QUICK_RESAMPLES = 400  # of the stopping rule, which asks for the width alone, a
 # Between the smallest and the largest of n samples lies the median with probability 1 - 2^(1-n): 94 % for
 # five. So fewer than six samples carry no 95 % interval, whatever a bootstrap makes of them.
 MIN_SAMPLES = 6
-# Twice the half-width at which timing stops (1 %). With h that half-width, an estimate scatters by h/2 (one
-# standard deviation). A method against itself is SAME while it is off by less than h, two deviations; a true
-# 3 % is called while it is off by less than 3 % - 2 %, again two. Intervals are usually narrower than the
-# stop asks.
-DEFAULT_THRESHOLD = 0.02
 
 
 @dataclass(frozen=True)
@@ -41,7 +36,12 @@ class Estimate:
     ci_low: float
     ci_high: float
     n_samples: int
-    statistic: str
+    statistic: str | None
+
+
+def without_interval(value: float, n_samples: int = 1, statistic: str | None = None) -> Estimate:
+    """A number of which no interval is known."""
+    return Estimate(float(value), math.nan, math.nan, n_samples, statistic)
 
 
 def median_estimate(
@@ -108,27 +108,6 @@ def relative_half_width(estimate: Estimate) -> float:
     if not math.isfinite(width) or estimate.value == 0.0:
         return math.inf
     return width / abs(estimate.value)
-
-
-def verdict(ratio: Estimate, threshold: float = DEFAULT_THRESHOLD) -> Verdict:
-    """What a speed-up (as `paired_ratio` gives it) says, with `threshold` the change worth speaking of.
-
-    - SAME: the whole interval lies within 1/(1+threshold) .. 1+threshold. A claim, not the lack of one.
-    - FAST: the value lies above 1+threshold and the interval above 1. SLOW: likewise below.
-    - AMBG: anything else; more samples are needed to say.
-
-    Raises ValueError if the threshold is not positive.
-    """
-    if not threshold > 0:
-        raise ValueError(f"threshold={threshold} must be positive")
-    upper, lower = 1.0 + threshold, 1.0 / (1.0 + threshold)
-    if lower <= ratio.ci_low and ratio.ci_high <= upper:
-        return "SAME"
-    if ratio.value > upper and ratio.ci_low > 1.0:
-        return "FAST"
-    if ratio.value < lower and ratio.ci_high < 1.0:
-        return "SLOW"
-    return "AMBG"
 
 
 def _pairs(first: ArrayLike, second: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -1,8 +1,8 @@
-"""Paired timing: rivals alternate within one process until their ratios are known well enough.
+"""Paired timing: methods alternate within one process until their ratios are known well enough.
 
-A round samples every contender once. Rounds come in pairs, the second in the reverse order of the first
+A round samples every method once. Rounds come in pairs, the second in the reverse order of the first
 (ABBA), so a clock that drifts steadily favours nobody; each pair has its own shuffled order, so nobody always
-runs after the same rival. Ratios are taken within rounds, see `harness.measure.stats.paired_ratio`.
+runs after the same method. Ratios are taken within rounds, see `harness.measure.stats.paired_ratio`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from harness.measure import stats
 from harness.measure.clocks import ClockReader, Conditions
-from harness.measure.launch import CaptureError, Contender, CpuSampler, CudaSampler, Sampler
+from harness.measure.launch import CaptureError, CpuSampler, CudaSampler, Sampler, TimedMethod
 from harness.measure.memory import is_out_of_memory
 
 MODES = ("auto", "graph_cold", "launch_cold", "graph_hot", "graph_rotated", "launch_rotated")
@@ -32,7 +32,7 @@ _CHECK_GROWTH = 1.25  # rounds between two looks at the intervals grow by this, 
 class TimingSettings:
     """When to stop. The time cap wins over `min_rounds`, but one pair of rounds is always measured."""
 
-    rel_ci: float = 0.01  # wanted relative half-width of every contender's paired ratio
+    rel_ci: float = 0.01  # wanted relative half-width of every method's paired ratio
     max_seconds: float = 20.0
     min_rounds: int = 10
     max_rounds: int = 2000
@@ -41,18 +41,18 @@ class TimingSettings:
 
 @dataclass(frozen=True)
 class PairedTimes:
-    """Samples of all contenders, aligned by round."""
+    """Samples of all methods, aligned by round."""
 
     mode: str  # how the work was launched
     samples: dict[str, NDArray[np.float64]]  # milliseconds, one per round
     stopped: Literal["ci", "cap"]  # every half-width reached `rel_ci`, or time or rounds ran out
-    half_widths: dict[str, float]  # relative half-width each contender reached, see `half_widths`
+    half_widths: dict[str, float]  # relative half-width each method reached, see `half_widths`
     conditions: tuple[Conditions | None, ...]  # one reading at each look at the intervals
     seconds: float
     notes: tuple[str, ...]  # what a reader of the numbers must know
 
     def unsettled(self, name: str, settings: TimingSettings) -> str:
-        """Why this contender's ratio is not known as well as was wanted; empty if it is."""
+        """Why this method's ratio is not known as well as was wanted; empty if it is."""
         rounds = len(self.samples[name])
         if rounds < settings.min_rounds:
             return f"{rounds} rounds in {self.seconds:.0f} s, at least {settings.min_rounds} are needed"
@@ -62,8 +62,8 @@ class PairedTimes:
         return f"{reached}, wanted {settings.rel_ci:.1%}"
 
 
-class ContenderFailed(RuntimeError):
-    """A contender raised while it was warmed up or sampled; the error itself is `__cause__`."""
+class MethodFailed(RuntimeError):
+    """A method raised while it was warmed up or sampled; the error itself is `__cause__`."""
 
     def __init__(self, name: str, error: BaseException) -> None:
         first_line = str(error).partition("\n")[0]
@@ -73,19 +73,19 @@ class ContenderFailed(RuntimeError):
 
 
 def time_paired(
-    contenders: Sequence[Contender],
+    methods: Sequence[TimedMethod],
     settings: TimingSettings,
     device: torch.device,
     mode: str = "auto",
     on_start: Callable[[str], None] | None = None,
 ) -> PairedTimes:
-    """Time all contenders in turn, all in the same launch mode; see `open_sampler` for the arguments.
+    """Time all methods in turn, all in the same launch mode; see `open_sampler` for the arguments.
 
-    Raises as `open_sampler` does, and ContenderFailed if a contender raises while it is sampled.
+    Raises as `open_sampler` does, and MethodFailed if a method raises while it is sampled.
     """
-    sampler, notes = open_sampler(contenders, device, mode, on_start)
-    names = [contender.name for contender in contenders]
-    anchors = [contender.name for contender in contenders if contender.anchor]
+    sampler, notes = open_sampler(methods, device, mode, on_start)
+    names = [method.name for method in methods]
+    anchors = [method.name for method in methods if method.anchor]
     read = ClockReader(device).read
     times = run_rounds(names, anchors, sampler.sample, settings, mode=sampler.mode, read=read)
     held_up = [
@@ -98,41 +98,41 @@ def median_ms(
     call: Callable[[], object], device: torch.device, settings: TimingSettings, mode: str = "auto"
 ) -> float:
     """Median milliseconds of one call that is compared with nothing. Raises as `time_paired`."""
-    times = time_paired([Contender("call", call)], settings, device, mode)
+    times = time_paired([TimedMethod("call", call)], settings, device, mode)
     return float(np.median(times.samples["call"]))
 
 
 def open_sampler(
-    contenders: Sequence[Contender],
+    methods: Sequence[TimedMethod],
     device: torch.device,
     mode: str = "auto",
     on_start: Callable[[str], None] | None = None,
 ) -> tuple[Sampler, list[str]]:
-    """All contenders warmed up and ready to be sampled in one mode, and notes on how that came about.
+    """All methods warmed up and ready to be sampled in one mode, and notes on how that came about.
 
     `mode` is one of `MODES` (see `harness.measure.launch.CudaSampler`); `auto` is `graph_cold`, and on the
-    CPU every mode is `cpu`. If one contender cannot run inside a CUDA graph, or the graphs do not fit in
+    CPU every mode is `cpu`. If one method cannot run inside a CUDA graph, or the graphs do not fit in
     memory, *all* are launched eagerly instead and a note says why. `on_start(name)` is called before a
-    contender is first touched. Raises ValueError for an unknown mode, no contender or a name given twice,
-    ContenderFailed if one raises.
+    method is first touched. Raises ValueError for an unknown mode, no method or a name given twice,
+    MethodFailed if one raises.
     """
-    names = [contender.name for contender in contenders]
+    names = [method.name for method in methods]
     if mode not in MODES:
         raise ValueError(f"timing mode {mode!r} is not one of {', '.join(MODES)}")
     if not names or len(set(names)) != len(names):
-        raise ValueError(f"contenders need distinct names, got {names}")
+        raise ValueError(f"methods need distinct names, got {names}")
     gc.collect()  # garbage of what came before; none is collected while samples are taken
     if device.type != "cuda":
         on_cpu = CpuSampler()
-        _add_all(on_cpu, contenders, on_start)
+        _add_all(on_cpu, methods, on_start)
         return on_cpu, []
     wanted = "graph_cold" if mode == "auto" else mode
     try:
         sampler = CudaSampler(device, wanted)
-        _add_all(sampler, contenders, on_start)
+        _add_all(sampler, methods, on_start)
         return sampler, []
-    except (CaptureError, ContenderFailed) as error:
-        too_big = isinstance(error, ContenderFailed) and error.out_of_memory
+    except (CaptureError, MethodFailed) as error:
+        too_big = isinstance(error, MethodFailed) and error.out_of_memory
         if wanted.startswith("launch") or not (isinstance(error, CaptureError) or too_big):
             raise
         note = f"all launched eagerly, since {error}"
@@ -141,7 +141,7 @@ def open_sampler(
     gc.collect()
     torch.cuda.empty_cache()
     sampler = CudaSampler(device, "launch_rotated" if wanted == "graph_rotated" else "launch_cold")
-    _add_all(sampler, contenders, on_start)
+    _add_all(sampler, methods, on_start)
     return sampler, [note]
 
 
@@ -157,7 +157,7 @@ def run_rounds(
 ) -> PairedTimes:
     """The loop of `time_paired` over anything that gives milliseconds for a name.
 
-    Raises ContenderFailed if `sample` raises.
+    Raises MethodFailed if `sample` raises.
     """
     samples: dict[str, list[float]] = {name: [] for name in names}
     conditions = [read()]
@@ -170,8 +170,8 @@ def run_rounds(
             for name in order_of_pair(names, rounds // 2, settings.seed):
                 try:
                     samples[name].append(sample(name))
-                except Exception as error:  # whatever a rival's code raises; the caller learns whose it was
-                    raise ContenderFailed(name, error) from error
+                except Exception as error:  # whatever a method's code raises; the caller learns whose it was
+                    raise MethodFailed(name, error) from error
             rounds += 2
             out_of_time = clock() - begin >= settings.max_seconds
             if rounds >= next_look or out_of_time:
@@ -203,9 +203,9 @@ def order_of_pair(names: Sequence[str], pair: int, seed: int) -> list[str]:
 def half_widths(
     samples: Mapping[str, Sequence[float]], anchors: Sequence[str], seed: int
 ) -> dict[str, float]:
-    """Relative half-width of each contender's paired ratio to the fastest other anchor (else fastest other).
+    """Relative half-width of each method's paired ratio to the fastest other anchor (else fastest other).
 
-    A contender that is alone has no ratio: then it is that of its median.
+    A method that is alone has no ratio: then it is that of its median.
     """
     medians = {name: float(np.median(values)) for name, values in samples.items()}
     widths = {}
@@ -221,17 +221,17 @@ def half_widths(
 
 
 def _add_all(
-    sampler: Sampler, contenders: Sequence[Contender], on_start: Callable[[str], None] | None
+    sampler: Sampler, methods: Sequence[TimedMethod], on_start: Callable[[str], None] | None
 ) -> None:
-    for contender in contenders:
+    for method in methods:
         if on_start is not None:
-            on_start(contender.name)
+            on_start(method.name)
         try:
-            sampler.add(contender)
+            sampler.add(method)
         except CaptureError:
             raise
-        except Exception as error:  # whatever a rival's code raises; the caller learns whose it was
-            raise ContenderFailed(contender.name, error) from error
+        except Exception as error:  # whatever a method's code raises; the caller learns whose it was
+            raise MethodFailed(method.name, error) from error
 
 
 @contextmanager

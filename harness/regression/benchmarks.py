@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from harness.measure.ffn import TrainingCalls, ffn_weights, natural_tensors
-from harness.measure.launch import Contender, rotated_copies
+from harness.measure.ffn import DTYPES, TrainingCalls, decoding_call, ffn_weights, natural_tensors
+from harness.measure.launch import TimedMethod, rotated_copies
 from harness.measure.roofline import decode_least_bytes
 from moc.config import FfnShape, get_preset
 from moc.llama import Llama
@@ -37,7 +37,7 @@ class Benchmark:
 
     name: str
     tokens: int
-    open: Callable[[torch.device], Contender]
+    open: Callable[[torch.device], TimedMethod]
     mode: str = "graph_cold"  # of `harness.measure.timing.MODES`, where there is a GPU
 
 
@@ -46,23 +46,32 @@ class _Size:
     """How much work, by kind of device."""
 
     preset: str
-    dtype: torch.dtype
+    dtype_name: str
     step_tokens: int
     model: str
     batch: int
     seq_len: int
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype_name]
+
 
 _SIZES = {
-    "cuda": _Size("1b", torch.bfloat16, 8192, "60m", 8, 512),
-    "cpu": _Size("4m", torch.float32, 256, "1m", 2, 128),
+    "cuda": _Size("1b", "bf16", 8192, "60m", 8, 512),
+    "cpu": _Size("4m", "fp32", 256, "1m", 2, 128),
 }
 _TOPK, _NM = "topk:0.1875", "nm:2:8"
 # (kind of work, method, rule); those that a device or the registry does not have are left out.
 _FFN = (
-    *(("ffn-step", "dense", None), ("ffn-step", "moc", _TOPK), ("ffn-step", "moc", _NM)),
-    *(("ffn-step", "moc_fp8", _TOPK), ("ffn-step", "moc_reference", _TOPK)),
-    *(("ffn-decode", "moc", _TOPK), ("ffn-decode", "moc", _NM), ("ffn-decode", "moc_reference", _NM)),
+    ("ffn-step", "dense", None),
+    ("ffn-step", "moc", _TOPK),
+    ("ffn-step", "moc", _NM),
+    ("ffn-step", "moc_fp8", _TOPK),
+    ("ffn-step", "moc_reference", _TOPK),
+    ("ffn-decode", "moc", _TOPK),
+    ("ffn-decode", "moc", _NM),
+    ("ffn-decode", "moc_reference", _NM),
 )
 _VOCABULARY = 8192
 
@@ -88,8 +97,8 @@ def _runs(method: Method, rule: str | None, size: _Size, device_type: str) -> bo
     if device_type == "cuda" and method.name == "moc_reference":
         return False  # there `moc` is what counts
     selection = parse_selection(rule) if rule else None
-    dtype = {torch.bfloat16: "bf16", torch.float32: "fp32"}[size.dtype]
-    return method.unsupported_reason(get_preset(size.preset).ffn, selection, dtype, device_type) is None
+    shape = get_preset(size.preset).ffn
+    return method.unsupported_reason(shape, selection, size.dtype_name, device_type) is None
 
 
 def _name(kind: str, method: str | None, rule: str | None) -> str:
@@ -115,24 +124,18 @@ def _ffn(kind: str, method: Method, rule: str | None, size: _Size) -> Benchmark:
     selection = parse_selection(rule) if rule else None
     name = _name(kind, method.name, rule)
 
-    def open_step(device: torch.device) -> Contender:
+    def open_step(device: torch.device) -> TimedMethod:
         layer = _layer(method, selection, shape, device, size, seed=0)
         tensors = natural_tensors(shape, size.step_tokens, size.dtype, device, seed=1)
         weights = list(ffn_weights(layer, shape).values())
-        return Contender(name, TrainingCalls(layer, weights, tensors.x.requires_grad_(), tensors.dy).step)
+        return TimedMethod(name, TrainingCalls(layer, weights, tensors.x.requires_grad_(), tensors.dy).step)
 
-    def open_decode(device: torch.device) -> Contender:
+    def open_decode(device: torch.device) -> TimedMethod:
         least_read = decode_least_bytes(method, selection, shape, size.dtype.itemsize)
         copies = rotated_copies(least_read, device)
         layers = [_layer(method, selection, shape, device, size, seed) for seed in range(copies)]
         x = natural_tensors(shape, 1, size.dtype, device, seed=copies).x
-
-        def call() -> None:
-            with torch.no_grad():
-                for layer in layers:
-                    layer(x)
-
-        return Contender(name, call, calls=copies)
+        return TimedMethod(name, decoding_call(layers, x), calls=copies)
 
     if kind == "ffn-step":
         return Benchmark(name, size.step_tokens, open_step)
@@ -143,13 +146,13 @@ def _select(rule: str, size: _Size) -> Benchmark:
     """The pass that selects channels in a forward pass, alone."""
     name = _name("select", None, rule)
 
-    def open_pass(device: torch.device) -> Contender:
+    def open_pass(device: torch.device) -> TimedMethod:
         from moc.kernels.passes import select_pass
 
         g, u, kept, _dz = _between(rule, size, device)
         overflow = torch.zeros((), dtype=torch.int64, device=device)
         z = torch.empty_like(g)
-        return Contender(name, lambda: select_pass(g, u, z, parse_selection(rule), kept, overflow))
+        return TimedMethod(name, lambda: select_pass(g, u, z, parse_selection(rule), kept, overflow))
 
     return Benchmark(name, size.step_tokens, open_pass)
 
@@ -157,14 +160,14 @@ def _select(rule: str, size: _Size) -> Benchmark:
 def _expand(size: _Size) -> Benchmark:
     """The pass that expands what was kept in a backward pass, alone."""
 
-    def open_pass(device: torch.device) -> Contender:
+    def open_pass(device: torch.device) -> TimedMethod:
         from moc.kernels.passes import expand_pass, select_pass
 
         g, u, kept, dz = _between(_TOPK, size, device)
         overflow = torch.zeros((), dtype=torch.int64, device=device)
         select_pass(g, u, torch.empty_like(g), parse_selection(_TOPK), kept, overflow)
         dg, du, z = (torch.empty_like(g) for _ in range(3))
-        return Contender("expand", lambda: expand_pass(dz, kept, dg, du, z))
+        return TimedMethod("expand", lambda: expand_pass(dz, kept, dg, du, z))
 
     return Benchmark("expand", size.step_tokens, open_pass)
 
@@ -189,7 +192,7 @@ def _select_in_pytorch(rule: str, size: _Size) -> Benchmark:
     d_ffn = get_preset(size.preset).d_ffn
     name = _name("select", None, rule)
 
-    def open_selection(device: torch.device) -> Contender:
+    def open_selection(device: torch.device) -> TimedMethod:
         generator = torch.Generator(device).manual_seed(0)
         g = torch.randn(size.step_tokens, d_ffn, generator=generator, device=device)
 
@@ -198,7 +201,7 @@ def _select_in_pytorch(rule: str, size: _Size) -> Benchmark:
             gather_compact(g, kept_channels(mask, selection.k(d_ffn)))
             return pack_bitmask(mask)
 
-        return Contender(name, call)
+        return TimedMethod(name, call)
 
     return Benchmark(name, size.step_tokens, open_selection)
 
@@ -209,13 +212,13 @@ def _model_step(method_name: str, rule: str | None, size: _Size) -> Benchmark:
     config = get_preset(size.model).with_(vocab_size=_VOCABULARY, max_seq_len=size.seq_len)
     name = _name("model-step", method_name, rule)
 
-    def open_step(device: torch.device) -> Contender:
+    def open_step(device: torch.device) -> TimedMethod:
         model = Llama(config, lambda: method.make(config.ffn, selection)).to(device, size.dtype)
         generator = torch.Generator(device).manual_seed(0)
         shape = (size.batch, size.seq_len + 1)
         text = torch.randint(config.vocab_size, shape, generator=generator, device=device)
         tokens, targets = text[:, :-1].contiguous(), text[:, 1:].contiguous()
         weights = list(model.parameters())
-        return Contender(name, lambda: torch.autograd.grad(model.loss(tokens, targets), weights))
+        return TimedMethod(name, lambda: torch.autograd.grad(model.loss(tokens, targets), weights))
 
     return Benchmark(name, size.batch * size.seq_len, open_step)

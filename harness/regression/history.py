@@ -1,9 +1,9 @@
 """`mocbench history`: each benchmark over the runs of `make bench` that are kept, and where it changed.
 
-Runs are told apart by the machine they ran on, from the record that each file holds. Where a series changes
-is found by `ruptures` (PELT, Killick et al. 2012): the cut of the series into levels that explains it best,
-where every level more has to earn its place. Distances from a level's median are added up, not their squares,
-and a level has at least two runs, so one bad run is no change.
+Runs are grouped by machine, from the record that each file holds. `ruptures` (PELT, Killick et al. 2012)
+finds where a series changes: it cuts the series into the levels that explain it best, with a penalty for each
+level. The cost sums distances from a level's median, not their squares, and a level has at least two runs, so
+one bad run is no change.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from harness.regression.compare.verdict import RULES
 from harness.report.plots.style import Board
 
 MIN_LEVEL = 2  # runs
-# What a run's median scatters by at least, as a share; a series that happens to be smoother proves nothing.
+# Least scatter that is assumed of a run's median, as a share; a series may be smoother by chance.
 _LEAST_SCATTER = 0.003
-# What a level more must save, in log(runs) times the scatter. The Bayesian criterion for its place and height
-# says 1, for scatter as heavy-tailed as sums of distances assume; twice that for fewer, surer changes.
+# Penalty of one more level, in units of log(runs) times the scatter. The Bayesian information criterion gives
+# 1 for this cost; twice that gives fewer and surer changes.
 _PENALTY = 2.0
 _MACHINE = ("device", "device_name", "gpu_id", "cpu_cores", "os")
 _SOFTWARE = ("torch", "triton", "cuda", "driver", "python")
 
 
 @dataclass(frozen=True)
-class Run:
+class BenchRun:
     """One run of `make bench`."""
 
     path: Path
@@ -59,7 +59,7 @@ class ChangePoint:
     """From this run on a benchmark takes another time."""
 
     benchmark: str
-    run: Run
+    run: BenchRun
     before_ms: float
     after_ms: float
     software: tuple[str, ...]  # that changed with it
@@ -103,7 +103,7 @@ def write_history(storage: Path, output: Path) -> list[str]:
     return [*told, f"wrote {summary}"]
 
 
-def read_runs(storage: Path) -> list[Run]:
+def read_runs(storage: Path) -> list[BenchRun]:
     """Every run below `storage` that says what machine it ran on, oldest first."""
     runs = []
     for path in sorted(storage.rglob("*.json")):
@@ -117,11 +117,11 @@ def read_runs(storage: Path) -> list[Run]:
         }
         revision = str(commit["id"])[:8] + ("+" if commit.get("dirty") else "")
         when = datetime.datetime.fromisoformat(file["datetime"])
-        runs.append(Run(path, when, revision, file["machine_info"][RECORD], medians))
+        runs.append(BenchRun(path, when, revision, file["machine_info"][RECORD], medians))
     return sorted(runs, key=lambda run: run.when)
 
 
-def change_points(runs: Sequence[Run]) -> list[ChangePoint]:
+def change_points(runs: Sequence[BenchRun]) -> list[ChangePoint]:
     """Changes of each benchmark over the runs of one machine, beyond the limit of `mocbench compare`."""
     limit = RULES[runs[-1].environment["device"]].limit
     found = []
@@ -153,7 +153,7 @@ def levels(times: Sequence[float]) -> list[int]:
     return [int(end) for end in search.predict(pen=penalty)[:-1]]
 
 
-def _names(runs: Sequence[Run]) -> list[str]:
+def _names(runs: Sequence[BenchRun]) -> list[str]:
     return list(dict.fromkeys(name for run in runs for name in run.medians_ms))
 
 
@@ -162,7 +162,7 @@ def _changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[str, 
     return tuple(f"{name} {before.get(name)} to {after.get(name)}" for name in names)
 
 
-def _plot(runs: Sequence[Run], changes: Sequence[ChangePoint], path: Path) -> None:
+def _plot(runs: Sequence[BenchRun], changes: Sequence[ChangePoint], path: Path) -> None:
     names = _names(runs)
     own_changes = {name: [change for change in changes if change.benchmark == name] for name in names}
     titles = [

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import signal
 import time
@@ -23,6 +22,7 @@ from harness.run.trial import EXIT_OOM, TRIAL_COMMAND, output_path
 from harness.sweep.catalog import WORKLOADS
 from harness.sweep.model import Limits
 from harness.sweep.point import Point
+from harness.workloads import events
 from harness.workloads.job import Job, write_job
 from harness.workloads.reporter import make_row
 
@@ -122,12 +122,12 @@ class _Trial:
         self._log = self._path.with_suffix(".log")
         self._points = {point.key: point for point in job.points}
         self._current: Point = job.points[0]
-        self._conditions: dict[str, Any] = {"device_name": device_name, "env_id": None}
+        self._machine: dict[str, Any] = {"device_name": device_name, "env_id": None}
         self._offset = 0
         self._deadline = time.monotonic() + limits.trial_seconds
         self._failed: Finished | None = None
         self._samples: dict[str, list[dict[str, Any]]] = {}
-        self._stopped = False  # the training at work is not worth its end
+        self._stopped = False  # a pruner ended the training
         self.finished: set[str] = set()
 
     def run(self, command: Sequence[str], environment: dict[str, str]) -> Finished | None:
@@ -153,18 +153,11 @@ class _Trial:
         if len(self.finished) == len(self._points):
             return None  # all is said, however the process went down after that
         if self._current.key in self.finished:
-            return (
-                None  # it ended between points, which is no point's fault: the rest runs in a fresh process
-            )
+            # It ended between two points, which is no point's fault: the rest runs in a fresh process.
+            return None
         status, detail = verdict or _classify(returncode, _oom_kills() - oom_kills)
-        row = make_row(
-            self._job,
-            self._current,
-            WORKLOADS[self._current.workload].primary_metric,
-            status,
-            detail,
-            **self._conditions,
-        )
+        metric = WORKLOADS[self._current.workload].primary_metric
+        row = make_row(self._job, self._current, metric, status, detail, **self._machine)
         return self._outcome(self._current, status, [row])
 
     def _watch(self, process: GuardedProcess) -> tuple[str, str] | None:
@@ -193,39 +186,35 @@ class _Trial:
         whole, newline, _ = text.rpartition(b"\n")
         self._offset += len(whole) + len(newline)
         for line in whole.split(b"\n"):
-            try:
-                event = json.loads(line)
-            except ValueError:  # cut short by a full disk, or the empty piece after the last newline
-                continue
-            self._handle(event)
+            event = events.parse_event(line)
+            if event is not None:
+                self._handle(event)
 
-    def _handle(self, event: dict[str, Any]) -> None:
-        kind = event["event"]
-        if kind == "environment":
-            self._conditions["env_id"] = event["record"]["env_id"]
-            self._conditions["device_name"] = event["record"]["device_name"]
-            self._listener.environment(event["record"])
-        elif kind == "samples":
-            item = {name: value for name, value in event.items() if name != "event"}
-            self._samples.setdefault(event["point_key"], []).append(item)
-        else:
-            point = self._points[event["point_key"]]
-            if kind == "start":
-                self._current = point
+    def _handle(self, event: events.Event) -> None:
+        match event:
+            case events.Environment(record=record):
+                self._machine = {name: record[name] for name in ("device_name", "env_id")}
+                self._listener.environment(record)
+            case events.Samples(point_key=key):
+                self._samples.setdefault(key, []).append(event.model_dump(exclude={"event"}))
+            case events.Start(point_key=key):
+                self._current = self._points[key]
                 self._deadline = time.monotonic() + self._limits.trial_seconds
-            elif kind == "progress":
-                self._listener.progress(point, event["fraction"], event["text"])
-            elif kind == "intermediate":
+            case events.Progress(point_key=key, fraction=fraction, text=text):
+                self._listener.progress(self._points[key], fraction, text)
+            case events.Intermediate(point_key=key, percent=percent, values=values):
                 stop = self._listener.stop
-                self._stopped |= stop is not None and stop(point, event["percent"], event["values"])
-            elif kind == "finish":
-                self._deadline = time.monotonic() + self._limits.trial_seconds
-                outcome = self._outcome(point, event["status"], event["rows"])
-                if event["status"] == "crashed":
-                    self._failed = outcome
-                else:
-                    self.finished.add(point.key)
-                    self._listener.finished(outcome)
+                self._stopped |= stop is not None and stop(self._points[key], percent, values)
+            case events.Finish(point_key=key, status=status, rows=rows):
+                self._finish(self._outcome(self._points[key], status, rows))
+
+    def _finish(self, outcome: Finished) -> None:
+        self._deadline = time.monotonic() + self._limits.trial_seconds
+        if outcome.status == "crashed":
+            self._failed = outcome
+        else:
+            self.finished.add(outcome.point.key)
+            self._listener.finished(outcome)
 
     def _outcome(self, point: Point, status: str, rows: list[dict[str, Any]]) -> Finished:
         log = self._log_tail() if status in LOGGED else ""

@@ -1,8 +1,8 @@
-"""One job in one process: JSON in, JSON lines out. Runnable by hand:
+"""One job in one process: JSON in, JSON lines out.
 
-    python -m harness.run.trial results/quick/jobs/JOB.json
-
-reads the job, runs its workload, and appends events to the same path with the ending `.out.jsonl`.
+The runner starts `python -m harness.run.trial JOB.json`, so the only argument is read without a parser of
+options; people type `mocbench trial JOB.json`. Either reads the job, runs its workload, and appends events to
+the same path with the ending `.out.jsonl`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from harness.workloads.reporter import EventReporter
 # What starts the process of a trial; it gets the path of its job file.
 TRIAL_COMMAND = (sys.executable, "-m", "harness.run.trial")
 EXIT_OOM = 17
+RECOMPILE_LIMIT = 1024  # of one function, and of all
 
 
 def output_path(job_path: Path) -> Path:
@@ -27,7 +28,21 @@ def output_path(job_path: Path) -> Path:
     return job_path.with_suffix(".out.jsonl")
 
 
-def run_job(job: Job, stream: IO[str]) -> int:
+def set_process_options(device: str) -> None:
+    """Set what holds for the whole process of a trial. Called once, before any work.
+
+    Every method, rule and shape of a group compiles the same few functions anew. Past its limit PyTorch runs
+    the rest eagerly and says nothing. Nothing is compiled on the CPU, where loading the compiler would only
+    cost time and memory.
+    """
+    if device == "cuda":
+        import torch._dynamo
+
+        torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+        torch._dynamo.config.accumulated_recompile_limit = RECOMPILE_LIMIT
+
+
+def measure_job(job: Job, stream: IO[str]) -> int:
     """Run a job's workload and write its events; returns the process exit code.
 
     Out of memory is reported for the point at work and ends the process with `EXIT_OOM`, so the rest of a
@@ -37,6 +52,7 @@ def run_job(job: Job, stream: IO[str]) -> int:
 
     from harness.measure.environment import device_name, environment_record
 
+    set_process_options(job.device)
     record = environment_record(job.device)
     reporter = EventReporter(job, stream, device_name(job.device), record["env_id"])
     reporter.environment(record)
@@ -66,11 +82,11 @@ def main(arguments: list[str] | None = None) -> int:
     path = Path(arguments[0])
     try:
         job = Job.from_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError) as error:
         print(f"{path}: not a job: {error}", file=sys.stderr)
         return 2
     with output_path(path).open("a", encoding="utf-8") as stream:
-        return run_job(job, stream)
+        return measure_job(job, stream)
 
 
 if __name__ == "__main__":

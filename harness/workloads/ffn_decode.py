@@ -10,53 +10,46 @@ L2 in all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from harness.measure import gate, memory, roofline, stats
-from harness.measure.ffn import FfnTensors, ffn_weights, natural_tensors
-from harness.measure.launch import Contender, first_call_seconds, load_libraries, rotated_copies
-from harness.measure.timing import (
-    PairedTimes,
-    time_paired,
-)
-from harness.sweep.model import Measure
-from harness.sweep.point import Point
+from harness.measure import roofline
+from harness.measure.ffn import FfnTensors, decoding_call, weight_copies, with_weights
+from harness.measure.launch import TimedMethod, load_libraries
+from harness.measure.timing import PairedTimes
 from harness.workloads.group import (
-    Entry,
+    Bench,
     Group,
+    PlannedMethod,
+    check_layer,
     compiled,
     finish_timed,
     frozen,
     make_layer,
-    open_entry,
     open_group,
-    report_estimate,
+    plan_methods,
+    ready_methods,
+    report_compile_time,
+    report_rate,
     report_speedup,
-    time_all,
-    timing_settings,
-    with_weights,
+    report_time,
+    time_methods,
 )
 from harness.workloads.job import Job, Reporter
-from moc.config import FfnShape
 from moc.reference import select_mask
 
 _GATE_DRAWS = 8  # a gate on one token sees little
 _DENSE_OUTPUT = 0.02  # relative: an output nearer than this to the dense one needs all channels
 _FLOOR_COPIES = 8  # over which the number of channels a batch needs is averaged
-_MODES = {"auto": "graph_rotated", "graph_cold": "graph_rotated", "launch_cold": "launch_rotated"}
 
 
 @dataclass(frozen=True)
-class _Bench:
+class _DecodeBench(Bench):
     """What all methods of the group are measured with."""
 
-    group: Group
-    settings: Measure
-    report: Reporter
     copies: list[FfnTensors]  # x of the first is the input of all
     ceilings: roofline.Ceilings
 
@@ -66,177 +59,93 @@ class _Bench:
 
 
 @dataclass(frozen=True)
-class _Candidate:
-    """An entry that passed the gate, ready to run: one call decodes one step with each copy."""
+class _ReadyMethod:
+    """A method that passed the gate: one call decodes one step with each copy."""
 
-    entry: Entry
+    planned: PlannedMethod
     layers: list[nn.Module]  # one per copy, compiled if the method wants it
     call: Callable[[], object]
+
+    def timed(self, _quantity: str) -> TimedMethod:
+        dense = self.planned.method.is_dense
+        return TimedMethod(self.planned.name, self.call, anchor=dense, calls=len(self.layers))
 
 
 def run(job: Job, report: Reporter) -> None:
     """Measure the points of a group; see the module. Raises as `harness.workloads.ffn_train.run` does."""
     group = open_group(job)
     load_libraries(group.device, group.dtype)
-    entries = []
-    for point in group.points:
-        report.start(point)
-        entry = _open(group, point, report)
-        if entry is not None:
-            entries.append(entry)
-    if not entries:
+    planned = plan_methods(group, report, train=False)
+    if group.n_layers != 1:
+        reason = f"ffn_decode measures one layer, not n_layers={group.n_layers}"
+        for one in planned:
+            report.finish(one.point, "unsupported", reason)
         return
-    itemsize = group.dtype.itemsize
-    least_read, leanest = min(
-        (
-            (roofline.decode_least_bytes(entry.method, entry.selection, group.shape, itemsize), entry)
-            for entry in entries
-        ),
-        key=lambda pair: pair[0],
-    )
+    if not planned:
+        return
+    leanest = min(planned, key=lambda method: _least_read(group, method))
     report.start(leanest.point)  # without it fewer copies would do, should they not fit
-    copies = _weight_copies(least_read, group.shape, group.tokens, group.dtype, group.device, group.seed)
-    bench = _Bench(group, job.measure, report, copies, roofline.ensure_ceilings(group.device))
-    candidates = []
-    for number, entry in enumerate(entries):
-        report.start(entry.point)
-        report.progress(entry.point, 0.5 * number / len(entries), "checking")
-        candidate = _admit(bench, entry)
-        if candidate is not None:
-            candidates.append(candidate)
-    candidates, times = time_all(
-        group, report, candidates, ("latency",), lambda left, _quantity: _time(bench, left)
+    copies = weight_copies(
+        _least_read(group, leanest), group.shape, group.tokens, group.dtype, group.device, group.seed
     )
-    for candidate in candidates:
-        report.start(candidate.entry.point)
-        _report_candidate(bench, candidate, candidates, times["latency"])
+    bench = _DecodeBench(group, job.measure, report, copies, roofline.ensure_ceilings(group.device))
+    ready = ready_methods(bench, planned, lambda method: _prepare(bench, method))
+    ready, times = time_methods(bench, ready, ("latency",), _ReadyMethod.timed, group.rotated_mode)
+    for method in ready:
+        report.start(method.planned.point)
+        _report_method(bench, method, ready, times["latency"])
 
 
-def _open(group: Group, point: Point, report: Reporter) -> Entry | None:
-    """The point's entry; None after it was finished as unsupported."""
-    entry = open_entry(group, point, report, train=False)
-    if entry is not None and group.n_layers != 1:
-        report.finish(point, "unsupported", f"ffn_decode measures one layer, not n_layers={group.n_layers}")
-        return None
-    return entry
+def _least_read(group: Group, planned: PlannedMethod) -> float:
+    return roofline.decode_least_bytes(planned.method, planned.selection, group.shape, group.dtype.itemsize)
 
 
-def _weight_copies(
-    least_read: float, shape: FfnShape, batch: int, dtype: torch.dtype, device: torch.device, seed: int
-) -> list[FfnTensors]:
-    """As many copies of the weights as the rotation needs, each of its own values."""
-    count = rotated_copies(least_read, device)
-    return [natural_tensors(shape, batch, dtype, device, seed + 1000 * copy) for copy in range(count)]
-
-
-def _decode_call(layers: Sequence[nn.Module], x: Tensor) -> Callable[[], None]:
-    def call() -> None:
-        with torch.no_grad():
-            for layer in layers:
-                layer(x)
-
-    return call
-
-
-def _admit(bench: _Bench, entry: Entry) -> _Candidate | None:
-    """The entry ready to be timed; None after it was finished as unsupported, out of memory or wrong."""
-    group, report, point = bench.group, bench.report, entry.point
-    try:
-        first_layer = make_layer(group, entry, bench.copies[0])
-    except ValueError as error:
-        report.finish(point, "unsupported", f"method {entry.method.name}: {error}")
-        return None
-    others = (with_weights(first_layer, tensors) for tensors in bench.copies[1:])
-    plain = [frozen(layer) for layer in (first_layer, *others)]
-    layers = [compiled(group, entry, layer) for layer in plain]
-    call = _decode_call(layers, bench.x)
-    result = None
-    try:
-        first, steady = first_call_seconds(Contender(entry.name, call), group.device)
-        if bench.settings.gate:
-            result = gate.check(
-                layers[0],
-                ffn_weights(plain[0], group.shape),
-                entry.method.reference,
-                entry.selection,
-                group.tokens,
-                group.seed + 1,
-                backward=False,
-                draws=_GATE_DRAWS,
-            )
-    except (RuntimeError, MemoryError) as error:
-        if not memory.is_out_of_memory(error):
-            raise
-        report.finish(point, "oom", str(error).partition("\n")[0])
-        return None
-    report.measure(point, "compile_s", max(0.0, first - steady), n_samples=1, statistic="first_minus_steady")
-    if result is not None:
-        count = len(result.errors) * _GATE_DRAWS
-        report.measure(point, "max_rel_err", result.max_rel_err, n_samples=count, statistic="max")
-        if not result.ok:
-            report.finish(point, "wrong", result.detail)
-            return None
-    return _Candidate(entry, layers, call)
-
-
-def _time(bench: _Bench, candidates: Sequence[_Candidate]) -> PairedTimes:
+def _prepare(bench: _DecodeBench, planned: PlannedMethod) -> _ReadyMethod:
     group = bench.group
-    points = {candidate.entry.name: candidate.entry.point for candidate in candidates}
-
-    def on_start(name: str) -> None:
-        bench.report.start(points[name])
-        bench.report.progress(points[name], 0.6, "timing")
-
-    contenders = [
-        Contender(
-            candidate.entry.name,
-            candidate.call,
-            anchor=candidate.entry.method.is_dense,
-            calls=len(candidate.layers),
-        )
-        for candidate in candidates
-    ]
-    mode = _MODES.get(group.timing_mode, group.timing_mode)
-    return time_paired(contenders, timing_settings(group, bench.settings), group.device, mode, on_start)
+    first = make_layer(group, planned, bench.copies[0])
+    others = (with_weights(first, tensors) for tensors in bench.copies[1:])
+    plain = [frozen(layer) for layer in (first, *others)]
+    layers = [compiled(group, planned, layer) for layer in plain]
+    call = decoding_call(layers, bench.x)
+    report_compile_time(bench, planned, call)
+    check_layer(bench, planned, layers[0], plain[0], [(group.tokens, _GATE_DRAWS)], backward=False)
+    return _ReadyMethod(planned, layers, call)
 
 
-def _report_candidate(
-    bench: _Bench, candidate: _Candidate, candidates: Sequence[_Candidate], times: PairedTimes
+def _report_method(
+    bench: _DecodeBench, ready: _ReadyMethod, others: list[_ReadyMethod], times: PairedTimes
 ) -> None:
-    """All remaining rows of one candidate, and its point finished."""
-    group, report, entry = bench.group, bench.report, candidate.entry
-    samples = times.samples[entry.name]
-    time = stats.median_estimate(samples, group.seed)
-    report_estimate(report, entry.point, "latency_us", stats.scaled(time, 1e3), times)
-    report.samples(entry.point, "latency_us", (samples * 1e3).tolist())
-    report_estimate(report, entry.point, "tokens_per_s", stats.rate(group.tokens * 1e3, time), times)
-    report_speedup(group, report, entry, [other.entry for other in candidates], times)
-    channels = _channels_read(bench, candidate)
+    """All remaining rows of one method, and its point finished."""
+    group, planned = bench.group, ready.planned
+    time = report_time(bench, planned, "latency_us", times, per_ms=1e3)
+    report_rate(bench, planned, group.tokens, times)
+    report_speedup(bench, planned, others, times)
+    channels = _channels_read(bench, ready)
     itemsize = group.dtype.itemsize
-    row_bytes = entry.method.row_bytes(group.shape.d_model, itemsize)
+    row_bytes = planned.method.row_bytes(group.shape.d_model, itemsize)
     min_bytes = roofline.decode_min_bytes(group.shape, group.tokens, itemsize, channels, row_bytes)
     # Of the products the function needs, each of a channel that some token keeps; far below the traffic here.
     flops = 2.0 * group.tokens * group.shape.d_model * (group.shape.d_ffn + 2 * channels)
     floor = roofline.floor_ms(flops, min_bytes, bench.ceilings, group.dtype_name)
-    report.measure(entry.point, "flops", flops)
-    report.measure(entry.point, "min_bytes", min_bytes)
+    bench.report.measure(planned.point, "flops", flops)
+    bench.report.measure(planned.point, "min_bytes", min_bytes)
     share = roofline.pct_of_roofline(floor, time.value)
     if share is not None:
-        report.measure(entry.point, "pct_of_roofline", share)
-    finish_timed(group, bench.settings, report, entry, times)
+        bench.report.measure(planned.point, "pct_of_roofline", share)
+    finish_timed(bench, planned, times)
 
 
-def _channels_read(bench: _Bench, candidate: _Candidate) -> int:
+def _channels_read(bench: _DecodeBench, ready: _ReadyMethod) -> int:
     """Channels whose up and down rows the output needs: those any token keeps, on average over the copies.
 
     All of them where the output is the dense one, as `act_prune`'s is although it takes a selection.
     """
-    selection, d_ffn = candidate.entry.selection, bench.group.shape.d_ffn
+    selection, d_ffn = ready.planned.selection, bench.group.shape.d_ffn
     if selection is None:
         return d_ffn
     counts = []
     with torch.no_grad():
-        for tensors, layer in list(zip(bench.copies, candidate.layers, strict=True))[:_FLOOR_COPIES]:
+        for tensors, layer in list(zip(bench.copies, ready.layers, strict=True))[:_FLOOR_COPIES]:
             gates = bench.x @ tensors.w_gate.T
             up = bench.x @ tensors.w_up.T
             dense = (torch.nn.functional.silu(gates) * up @ tensors.w_down).double()

@@ -10,36 +10,38 @@ what the model says. They exist once, whatever the number of methods; each metho
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from harness.measure import gate, memory, stats
-from harness.measure.ffn import ffn_weights
-from harness.measure.launch import FLUSH_FACTOR, Contender, first_call_seconds, load_libraries
-from harness.measure.timing import PairedTimes, time_paired
-from harness.sweep.model import Measure
+from harness.measure import memory
+from harness.measure.ffn import with_weights
+from harness.measure.launch import FLUSH_FACTOR, TimedMethod, load_libraries
+from harness.measure.stats import without_interval
+from harness.measure.timing import PairedTimes
 from harness.sweep.point import Point
 from harness.sweep.support import model_config
 from harness.workloads.generate_gate import Truth, check_decoding, find_truth
 from harness.workloads.generate_model import ffn_tensors, model_on, random_weights
 from harness.workloads.group import (
-    Entry,
-    Group,
+    Bench,
+    PlannedMethod,
+    UnsupportedMethod,
+    WrongMethod,
+    check_layer,
     compiled,
     finish_timed,
     frozen,
-    join_notes,
-    open_entry,
+    make_layer,
     open_group,
-    release_memory,
-    report_estimate,
+    plan_methods,
+    ready_methods,
+    report_compile_time,
+    report_rate,
     report_speedup,
-    time_all,
-    timing_settings,
-    with_weights,
+    report_time,
+    time_methods,
 )
 from harness.workloads.job import Job, Reporter
 from moc.config import LlamaConfig
@@ -48,16 +50,12 @@ from moc.decoding import GreedyDecoder, cache_length
 NEW_TOKENS = 32  # enough for the launch of the first graph to vanish; a longer loop says nothing new
 _QUANTITIES = ("decode", "first")
 _GATE_DRAWS = 4  # of the layer's gate: one on a few tokens sees little
-_MODES = {"auto": "graph_rotated", "graph_cold": "graph_rotated", "launch_cold": "launch_rotated"}
 
 
 @dataclass(frozen=True)
-class _Bench:
+class _GenerateBench(Bench):
     """What all methods of the group are measured with."""
 
-    group: Group
-    settings: Measure
-    report: Reporter
     config: LlamaConfig
     weights: dict[str, Tensor]
     tokens: Tensor  # [batch, seq_len + NEW_TOKENS]: the prompts, and what the gate continues them by
@@ -71,9 +69,9 @@ class _Bench:
     def prompt(self) -> Tensor:
         return self.tokens[:, : self.tokens.shape[1] - NEW_TOKENS]
 
-    def truth(self, entry: Entry) -> Truth:
-        """The logits that a right implementation of the entry's function has; computed once for all."""
-        key = entry.method.reference, entry.selection
+    def truth(self, planned: PlannedMethod) -> Truth:
+        """The logits that a right implementation of the method's function has; computed once for all."""
+        key = planned.method.reference, planned.selection
         if key not in self.truths:
             tokens, first = self.tokens[self.checked_rows()], self.prompt.shape[1] - 1
             self.truths[key] = find_truth(self.config, self.weights, tokens, first, *key)
@@ -86,10 +84,10 @@ class _Bench:
 
 
 @dataclass(frozen=True)
-class _Candidate:
-    """An entry that passed the gate, ready to run."""
+class _ReadyMethod:
+    """A method that passed both gates."""
 
-    entry: Entry
+    planned: PlannedMethod
     decoder: GreedyDecoder
     prompt: Tensor
     second: Tensor  # [batch, 1]: the token after the prompt, from which each loop starts
@@ -102,12 +100,12 @@ class _Candidate:
         """Back to where the prompt was just read."""
         self.decoder.rewind(self.prompt.shape[1], self.second)
 
-    def contender(self, quantity: str) -> Contender:
+    def timed(self, quantity: str) -> TimedMethod:
         """`decode`: the loop after the prompt; `first`: the prompt."""
-        name, anchor = self.entry.name, self.entry.method.is_dense
+        name, anchor = self.planned.name, self.planned.method.is_dense
         if quantity == "first":
-            return Contender(name, self.read_prompt, anchor=anchor)
-        return Contender(name, self.decoder.step, self.rewind, anchor=anchor, repeats=NEW_TOKENS)
+            return TimedMethod(name, self.read_prompt, anchor=anchor)
+        return TimedMethod(name, self.decoder.step, self.rewind, anchor=anchor, repeats=NEW_TOKENS)
 
 
 def run(job: Job, report: Reporter) -> None:
@@ -121,134 +119,78 @@ def run(job: Job, report: Reporter) -> None:
     generator = torch.Generator(group.device).manual_seed(group.seed)
     size = (group.points[0].batch, _total(group.points[0]))
     tokens = torch.randint(config.vocab_size, size, generator=generator, device=group.device)
-    bench = _Bench(group, job.measure, report, config, weights, tokens, {})
-    candidates = []
-    for number, point in enumerate(group.points):
-        report.start(point)
-        report.progress(point, 0.5 * number / len(group.points), "checking")
-        candidate = _admit(bench, point)
-        if candidate is not None:
-            candidates.append(candidate)
+    bench = _GenerateBench(group, job.measure, report, config, weights, tokens, {})
+    planned = plan_methods(group, report, train=False)
+    ready = ready_methods(bench, planned, lambda method: _prepare(bench, method))
     bench.truths.clear()
-    candidates, times = time_all(
-        group, report, candidates, _QUANTITIES, lambda left, quantity: _time_one(bench, left, quantity)
-    )
-    for candidate in candidates:
-        report.start(candidate.entry.point)
-        _report_candidate(bench, candidate, candidates, times)
+    ready, times = time_methods(bench, ready, _QUANTITIES, _ReadyMethod.timed, group.rotated_mode)
+    note = _cache_note(bench)
+    times = {name: replace(found, notes=(*found.notes, *note)) for name, found in times.items()}
+    for method in ready:
+        report.start(method.planned.point)
+        _report_method(bench, method, ready, times)
 
 
 def _total(point: Point) -> int:
     return point.seq_len + NEW_TOKENS
 
 
-def _admit(bench: _Bench, point: Point) -> _Candidate | None:
-    """The point ready to be timed; None after it was finished as unsupported, out of memory or wrong."""
-    group, report = bench.group, bench.report
-    entry = open_entry(group, point, report, train=False)
-    if entry is None:
-        return None
+def _prepare(bench: _GenerateBench, planned: PlannedMethod) -> _ReadyMethod:
     try:
-        candidate, seconds = _prepare(bench, entry)
-    except ValueError as error:
-        report.finish(point, "unsupported", f"method {entry.method.name}: {error}")
-        return None
-    except (RuntimeError, MemoryError) as error:
-        if not memory.is_out_of_memory(error):
-            raise
-        report.finish(point, "oom", str(error).partition("\n")[0])
-        return None
-    finally:
-        release_memory(group)
-    if candidate is None:
-        return None
-    report.measure(point, "compile_s", seconds, n_samples=1, statistic="first_minus_steady")
+        decoder = _checked_decoder(bench, planned)
+    except ValueError as error:  # a layer that does not take what a model gives it
+        raise UnsupportedMethod(str(error)) from error
+    decoder.prefill(bench.prompt)
+    ready = _ReadyMethod(planned, decoder, bench.prompt, decoder.token.clone())
     if bench.settings.memory:
-        _report_memory(bench, candidate)
-    return candidate
+        _report_memory(bench, ready)
+    return ready
 
 
-def _prepare(bench: _Bench, entry: Entry) -> tuple[_Candidate | None, float]:
-    """The candidate and what its compilation took; no candidate after it was finished as wrong."""
-    group, config = bench.group, bench.config
-    layer = entry.method.make(config.ffn, entry.selection).to(group.device, group.dtype)
-    ffn_weights(layer, config.ffn)  # raises for what is no SwiGLU
-    if bench.settings.gate and not _layer_is_right(bench, entry, layer):
-        return None, 0.0
-    ffns = [
-        frozen(with_weights(layer, ffn_tensors(bench.weights, number))) for number in range(config.n_layers)
-    ]
+def _checked_decoder(bench: _GenerateBench, planned: PlannedMethod) -> GreedyDecoder:
+    """A decoder of the whole model, whose layer passed the gate on as many tokens as a step and the prompts
+    have, and which decodes what it should, as compiled and on the cache that is timed.
+
+    Raises WrongMethod if it does not.
+    """
+    group, config, prompt = bench.group, bench.config, bench.prompt
+    layer = make_layer(group, planned)
+    draws = [(bench.batch, _GATE_DRAWS), (prompt.numel(), 1)]
+    check_layer(bench, planned, layer, layer, draws, backward=False)
+    ffns = [frozen(with_weights(layer, ffn_tensors(bench.weights, n))) for n in range(config.n_layers)]
     del layer
-    decoder = GreedyDecoder(
-        model_on(config, bench.weights, ffns),
-        bench.batch,
-        bench.tokens.shape[1],
-        functools.partial(compiled, group, entry),
-    )
+    model = model_on(config, bench.weights, ffns)
+    compile_step = functools.partial(compiled, group, planned)
+    decoder = GreedyDecoder(model, bench.batch, bench.tokens.shape[1], compile_step)
 
     def prompt_and_token() -> None:
-        decoder.prefill(bench.prompt)
+        decoder.prefill(prompt)
         decoder.step()
 
-    first, steady = first_call_seconds(Contender(entry.name, prompt_and_token), group.device)
-    if bench.settings.gate and not _decoding_is_right(bench, entry, decoder):
-        return None, 0.0
-    decoder.prefill(bench.prompt)
-    return _Candidate(entry, decoder, bench.prompt, decoder.token.clone()), max(0.0, first - steady)
+    report_compile_time(bench, planned, prompt_and_token)
+    if bench.settings.gate:
+        _check_decoding(bench, planned, decoder)
+    return decoder
 
 
-def _layer_is_right(bench: _Bench, entry: Entry, layer: torch.nn.Module) -> bool:
-    """Whether the bare layer passes the gate on as many tokens as a step and as the prompts have."""
-    worst, count, details = 0.0, 0, []
-    for tokens, draws in ((bench.batch, _GATE_DRAWS), (bench.prompt.numel(), 1)):
-        found = gate.check(
-            layer,
-            ffn_weights(layer, bench.config.ffn),
-            entry.method.reference,
-            entry.selection,
-            tokens,
-            bench.group.seed + 1,
-            backward=False,
-            draws=draws,
-        )
-        worst, count = max(worst, found.max_rel_err), count + draws * len(found.errors)
-        if not found.ok:
-            details.append(f"with {tokens} tokens {found.detail}")
-    bench.report.measure(entry.point, "max_rel_err", worst, n_samples=count, statistic="max")
-    if details:
-        bench.report.finish(entry.point, "wrong", "; ".join(details))
-    return not details
-
-
-def _decoding_is_right(bench: _Bench, entry: Entry, decoder: GreedyDecoder) -> bool:
-    """Whether the whole model decodes what it should, as compiled and on the cache that is timed."""
-    found = check_decoding(
-        decoder,
-        bench.tokens,
-        bench.prompt.shape[1] - 1,
-        bench.checked_rows(),
-        functools.partial(bench.truth, entry),
-    )
-    bench.report.measure(
-        entry.point,
-        "logits_rel_err",
-        found.median_error,
-        n_samples=found.places,
-        statistic="median over tokens",
-    )
+def _check_decoding(bench: _GenerateBench, planned: PlannedMethod, decoder: GreedyDecoder) -> None:
+    truth = functools.partial(bench.truth, planned)
+    first = bench.prompt.shape[1] - 1
+    found = check_decoding(decoder, bench.tokens, first, bench.checked_rows(), truth)
+    error = without_interval(found.median_error, found.places, "median over tokens")
+    bench.report.measure(planned.point, "logits_rel_err", error)
     if not found.ok:
-        bench.report.finish(entry.point, "wrong", found.detail)
-    return found.ok
+        raise WrongMethod(found.detail)
 
 
-def _report_memory(bench: _Bench, candidate: _Candidate) -> None:
+def _report_memory(bench: _GenerateBench, ready: _ReadyMethod) -> None:
     """Peak of reading the prompts and two steps, with the weights and the method's own cache."""
-    cache = candidate.decoder.cache
+    cache = ready.decoder.cache
 
     def work() -> None:
-        candidate.read_prompt()
-        candidate.decoder.step()
-        candidate.decoder.step()
+        ready.read_prompt()
+        ready.decoder.step()
+        ready.decoder.step()
 
     weights = sum(weight.nbytes for weight in bench.weights.values())
     cached = sum(tensor.nbytes for tensor in (*cache.keys, *cache.values))
@@ -257,35 +199,14 @@ def _report_memory(bench: _Bench, candidate: _Candidate) -> None:
     else:
         metric, over = "peak_rss_over_start_bytes", memory.peak_rss_over_start_bytes(work)
     bench.report.measure(
-        candidate.entry.point,
+        ready.planned.point,
         metric,
-        float(weights + cached + over),
-        n_samples=1,
-        statistic="max",
+        without_interval(weights + cached + over, statistic="max"),
         detail=f"of which weights {weights} bytes, cache {cached} bytes",
     )
 
 
-def _time_one(bench: _Bench, candidates: Sequence[_Candidate], quantity: str) -> PairedTimes:
-    group = bench.group
-    points = {candidate.entry.name: candidate.entry.point for candidate in candidates}
-
-    def on_start(name: str) -> None:
-        bench.report.start(points[name])
-        bench.report.progress(points[name], {"decode": 0.6, "first": 0.8}[quantity], f"timing {quantity}")
-
-    times = time_paired(
-        [candidate.contender(quantity) for candidate in candidates],
-        timing_settings(group, bench.settings),
-        group.device,
-        _MODES.get(group.timing_mode, group.timing_mode),
-        on_start,
-    )
-    release_memory(group)
-    return replace(times, notes=(*times.notes, *_cache_note(bench)))
-
-
-def _cache_note(bench: _Bench) -> list[str]:
+def _cache_note(bench: _GenerateBench) -> list[str]:
     """What to know of a model so small that the L2 keeps part of it from token to token."""
     if bench.group.device.type != "cuda":
         return []
@@ -296,29 +217,13 @@ def _cache_note(bench: _Bench) -> list[str]:
     return [f"weights of {weights / 1e6:.0f} MB stay partly in an L2 of {cache / 1e6:.0f} MB"]
 
 
-def _report_candidate(
-    bench: _Bench,
-    candidate: _Candidate,
-    candidates: Sequence[_Candidate],
-    times: dict[str, PairedTimes],
+def _report_method(
+    bench: _GenerateBench, ready: _ReadyMethod, others: list[_ReadyMethod], times: dict[str, PairedTimes]
 ) -> None:
-    """All remaining rows of one candidate, and its point finished."""
-    group, report, entry = bench.group, bench.report, candidate.entry
-    for quantity, metric in (("decode", "latency_ms"), ("first", "time_to_first_token_ms")):
-        samples = times[quantity].samples[entry.name]
-        unsettled = times[quantity].unsettled(entry.name, timing_settings(group, bench.settings))
-        report_estimate(
-            report,
-            entry.point,
-            metric,
-            stats.median_estimate(samples, group.seed),
-            times[quantity],
-            status="unstable" if unsettled else "ok",
-            detail=join_notes(unsettled, *times[quantity].notes),
-        )
-        report.samples(entry.point, metric, samples.tolist())
-    decode = times["decode"]
-    step = stats.median_estimate(decode.samples[entry.name], group.seed)
-    report_estimate(report, entry.point, "tokens_per_s", stats.rate(bench.batch * 1e3, step), decode)
-    report_speedup(group, report, entry, [other.entry for other in candidates], decode)
-    finish_timed(group, bench.settings, report, entry, decode)
+    """All remaining rows of one method, and its point finished."""
+    planned, decode = ready.planned, times["decode"]
+    report_time(bench, planned, "latency_ms", decode)
+    report_time(bench, planned, "time_to_first_token_ms", times["first"])
+    report_rate(bench, planned, bench.batch, decode)
+    report_speedup(bench, planned, others, decode)
+    finish_timed(bench, planned, decode)

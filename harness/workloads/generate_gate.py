@@ -34,11 +34,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness.measure.ffn import FfnTensors
-from harness.measure.gate import TOLERANCE, Reference
+from harness.measure.gate import TOLERANCE
 from harness.workloads.generate_model import ffn_tensors
 from moc.config import LlamaConfig
 from moc.decoding import GreedyDecoder
 from moc.llama import Block, Llama
+from moc.methods import Reference
 from moc.selection import Selection
 
 SPREAD = 3.0

@@ -1,4 +1,4 @@
-"""One set of weights, many models: how the rivals of a `generate` group share every parameter."""
+"""One set of weights, many models: how the methods of a `generate` group share every parameter."""
 
 from __future__ import annotations
 

@@ -1,21 +1,27 @@
-"""What `ffn_train`, `ffn_decode` and `generate` share: a group's points made runnable, and rows of times."""
+"""What `ffn_train`, `ffn_decode` and `generate` share: how the methods of a group are made ready, checked,
+timed in turns and reported.
+
+A workload says how to build a method (`ready_methods`), what to time of it (`time_methods`), and adds the
+rows that are its own.
+"""
 
 from __future__ import annotations
 
-import copy
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from harness.measure import stats
-from harness.measure.clocks import any_throttled, median_sm_clock
+from harness.measure import gate, stats
+from harness.measure.clocks import TimingConditions
 from harness.measure.ffn import DTYPES, FfnTensors, ffn_weights
 from harness.measure.gate_data import chunk_rows
-from harness.measure.timing import ContenderFailed, PairedTimes, TimingSettings
+from harness.measure.launch import TimedMethod, first_call_seconds
+from harness.measure.memory import is_out_of_memory
+from harness.measure.timing import MethodFailed, PairedTimes, TimingSettings, time_paired
 from harness.sweep.catalog import ALIGNMENT
 from harness.sweep.model import Measure
 from harness.sweep.point import Point
@@ -26,11 +32,18 @@ from moc.methods import Method, get_method
 from moc.reference import overflow_count
 from moc.selection import Selection, parse_selection
 
-# Every method, selection and shape of a group compiles the same few functions anew; past this many PyTorch
-# would run the rest eagerly without a word.
-_RECOMPILE_LIMIT = 1024
+# How decoding is launched: each call goes over its own weights once, so no cache has to be flushed.
+_ROTATED = {"auto": "graph_rotated", "graph_cold": "graph_rotated", "launch_cold": "launch_rotated"}
 
 _Work = TypeVar("_Work", bound=Callable[..., Any])
+
+
+class UnsupportedMethod(Exception):
+    """A method that cannot run the group's shape; the message says why."""
+
+
+class WrongMethod(Exception):
+    """A method that failed a correctness check; the message says by how much."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +65,11 @@ class Group:
         return DTYPES[self.dtype_name]
 
     @property
+    def rotated_mode(self) -> str:
+        """The timing mode of work that goes over copies of its weights."""
+        return _ROTATED.get(self.timing_mode, self.timing_mode)
+
+    @property
     def alignment_note(self) -> str:
         """`misaligned: ...` for a shape off the aligned fast path, else empty."""
         off = [
@@ -63,8 +81,23 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One point whose method can run the group's shape."""
+class Bench:
+    """A group, how it is measured, and where its rows go."""
+
+    group: Group
+    settings: Measure
+    report: Reporter
+
+    @property
+    def timing(self) -> TimingSettings:
+        """When to stop timing."""
+        timing = self.settings.timing
+        return TimingSettings(rel_ci=timing.rel_ci, max_seconds=timing.max_seconds, seed=self.group.seed)
+
+
+@dataclass(frozen=True)
+class PlannedMethod:
+    """One point of the group, and its method, which can run the group's shape."""
 
     point: Point
     method: Method
@@ -72,7 +105,7 @@ class Entry:
 
     @property
     def name(self) -> str:
-        """Tells the entry from its rivals."""
+        """Tells it from the other methods of the group."""
         return f"{self.point.method} {self.selection}" if self.selection is not None else self.point.method
 
     def declared_saved_bytes(self, group: Group) -> float | None:
@@ -82,6 +115,17 @@ class Entry:
             return None
         k = group.shape.d_ffn if self.selection is None else self.selection.k(group.shape.d_ffn)
         return formula(group.shape, k, group.dtype.itemsize)
+
+
+class ReadyMethod(Protocol):
+    """A method that is built and checked, whatever else its workload knows of it."""
+
+    @property
+    def planned(self) -> PlannedMethod:
+        """Its point, method and rule."""
+
+
+_Ready = TypeVar("_Ready", bound=ReadyMethod)
 
 
 def open_group(job: Job) -> Group:
@@ -102,176 +146,253 @@ def open_group(job: Job) -> Group:
     )
 
 
-def open_entry(group: Group, point: Point, report: Reporter, *, train: bool) -> Entry | None:
-    """The point's method and rule; None after the point was finished as `unsupported`, with the reason."""
-    try:
-        method = get_method(point.method)
-        selection = parse_selection(point.selection) if point.selection and method.takes_selection else None
-        reason = method.unsupported_reason(group.shape, selection, group.dtype_name, group.device.type)
-        if reason is None and train and not method.backward:
-            reason = f"method {method.name} has no backward"
-        if reason is None and not train and not method.decode:
-            reason = f"method {method.name} does not decode"
-        if reason is None and point.workload == "generate" and method.generate_refusal is not None:
-            reason = f"method {method.name} does not generate: {method.generate_refusal}"
-    except ValueError as error:  # a wrong name or rule; the message is one line for people
-        reason = str(error)
+def plan_methods(group: Group, report: Reporter, *, train: bool) -> list[PlannedMethod]:
+    """The methods that can run the group; the points of all others are finished as `unsupported`."""
+    planned = []
+    for point in group.points:
+        report.start(point)
+        try:
+            planned.append(_plan_method(group, point, train))
+        except (UnsupportedMethod, ValueError) as error:  # ValueError: a wrong name or rule
+            report.finish(point, "unsupported", str(error))
+    return planned
+
+
+def _plan_method(group: Group, point: Point, train: bool) -> PlannedMethod:
+    method = get_method(point.method)
+    selection = parse_selection(point.selection) if point.selection and method.takes_selection else None
+    reason = method.unsupported_reason(group.shape, selection, group.dtype_name, group.device.type)
+    if reason is None and train and not method.backward:
+        reason = f"method {method.name} has no backward"
+    if reason is None and not train and not method.decode:
+        reason = f"method {method.name} does not decode"
+    if reason is None and point.workload == "generate" and method.generate_refusal is not None:
+        reason = f"method {method.name} does not generate: {method.generate_refusal}"
     if reason is not None:
-        report.finish(point, "unsupported", reason)
-        return None
-    return Entry(point, method, selection)
+        raise UnsupportedMethod(reason)
+    return PlannedMethod(point, method, selection)
 
 
-def make_layer(group: Group, entry: Entry, tensors: FfnTensors) -> nn.Module:
-    """The method's layer on the tensors' own weights: rivals share the storage, so no address is better.
+def ready_methods(
+    bench: Bench, planned: Sequence[PlannedMethod], prepare: Callable[[PlannedMethod], _Ready]
+) -> list[_Ready]:
+    """What `prepare` makes of each method.
 
-    Raises ValueError if the layer's parameters are not those of a SwiGLU.
+    One that is unsupported, wrong or out of memory has its point finished as that, with the reason, and is
+    left out. Any other error is raised; its point is then the last one started.
     """
-    layer = entry.method.make(group.shape, entry.selection).to(group.device, group.dtype)
-    for name, weight in ffn_weights(layer, group.shape).items():
-        weight.data = getattr(tensors, name)
+    report, ready = bench.report, []
+    for number, method in enumerate(planned):
+        report.start(method.point)
+        report.progress(method.point, 0.5 * number / len(planned), "checking")
+        try:
+            ready.append(prepare(method))
+        except UnsupportedMethod as error:
+            report.finish(method.point, "unsupported", f"method {method.method.name}: {error}")
+        except WrongMethod as error:
+            report.finish(method.point, "wrong", str(error))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            report.finish(method.point, "oom", str(error).partition("\n")[0])
+        release_memory(bench.group)
+    return ready
+
+
+def make_layer(group: Group, planned: PlannedMethod, tensors: FfnTensors | None = None) -> nn.Module:
+    """The method's layer, on the given weights if there are any; all methods share their storage.
+
+    Raises UnsupportedMethod if the method refuses the shape, or the layer's parameters are not those of a
+    SwiGLU.
+    """
+    try:
+        layer = planned.method.make(group.shape, planned.selection).to(group.device, group.dtype)
+        weights = ffn_weights(layer, group.shape)
+    except ValueError as error:
+        raise UnsupportedMethod(str(error)) from error
+    if tensors is not None:
+        for name, weight in weights.items():
+            weight.data = getattr(tensors, name)
     return layer
-
-
-def with_weights(layer: nn.Module, tensors: FfnTensors) -> nn.Module:
-    """A copy of the layer on other weights."""
-    other = copy.deepcopy(layer)
-    shape = FfnShape(d_model=tensors.w_gate.shape[1], d_ffn=tensors.w_gate.shape[0])
-    for name, weight in ffn_weights(other, shape).items():
-        weight.data = getattr(tensors, name)
-    return other
 
 
 def frozen(layer: nn.Module) -> nn.Module:
     """The layer itself, ready for calls without gradients on the weights it has."""
-    if isinstance(layer, FfnWeights):  # one from outside need not be
+    if isinstance(layer, FfnWeights):  # a layer from outside the project need not be one
         layer.freeze()
     return layer
 
 
-def compiled(group: Group, entry: Entry, work: _Work) -> _Work:
+def compiled(group: Group, planned: PlannedMethod, work: _Work) -> _Work:
     """A module or function as the method wants it run: through torch.compile with static shapes, or as it
     is."""
-    if not entry.method.compiles_on(group.device.type):
+    if not planned.method.compiles_on(group.device.type):
         return work
-    torch._dynamo.config.recompile_limit = _RECOMPILE_LIMIT
-    torch._dynamo.config.accumulated_recompile_limit = _RECOMPILE_LIMIT
-    run: _Work = torch.compile(work, dynamic=False, mode=entry.method.compile_mode)  # type: ignore[assignment]
+    run: _Work = torch.compile(work, dynamic=False, mode=planned.method.compile_mode)  # type: ignore[assignment]
     return run
 
 
-class Timeable(Protocol):
-    """A candidate for timing, whatever else its workload knows of it."""
-
-    @property
-    def entry(self) -> Entry:
-        """Its point and method."""
-
-
-_Candidate = TypeVar("_Candidate", bound=Timeable)
+def report_compile_time(bench: Bench, planned: PlannedMethod, call: Callable[[], object]) -> None:
+    """Run `call` for the first time; what that cost more than a steady call is the row `compile_s`."""
+    first, steady = first_call_seconds(TimedMethod(planned.name, call), bench.group.device)
+    seconds = stats.without_interval(max(0.0, first - steady), statistic="first_minus_steady")
+    bench.report.measure(planned.point, "compile_s", seconds)
 
 
-def time_all(
-    group: Group,
-    report: Reporter,
-    candidates: list[_Candidate],
-    quantities: Sequence[str],
-    time_one: Callable[[list[_Candidate], str], PairedTimes],
-) -> tuple[list[_Candidate], dict[str, PairedTimes]]:
-    """Paired times by quantity, and the candidates that got through; the others are finished as `oom`.
+def check_layer(
+    bench: Bench,
+    planned: PlannedMethod,
+    run: Callable[[Tensor], Tensor],
+    layer: nn.Module,
+    draws: Sequence[tuple[int, int]],
+    *,
+    backward: bool = True,
+) -> None:
+    """The correctness gate on one layer, if gates are wanted.
 
-    When one runs out of memory, the rest are timed anew. Raises what `time_one` raises else.
+    `draws` are pairs of a number of tokens and a number of inputs that have so many.
+    `run` calls `layer`, compiled or not. Raises WrongMethod if it is off.
     """
-    while candidates:
+    if not bench.settings.gate:
+        return
+    worst, count, details = 0.0, 0, []
+    for tokens, number in draws:
+        found = gate.check(
+            run,
+            ffn_weights(layer, bench.group.shape),
+            planned.method.reference,
+            planned.selection,
+            tokens,
+            bench.group.seed + 1,
+            backward=backward,
+            draws=number,
+            kept_roundoff=planned.method.kept_roundoff,
+        )
+        worst, count = max(worst, found.max_rel_err), count + number * len(found.errors)
+        if not found.ok:
+            details.append(f"with {tokens} tokens {found.detail}" if len(draws) > 1 else found.detail)
+    bench.report.measure(planned.point, "max_rel_err", stats.without_interval(worst, count, "max"))
+    if details:
+        raise WrongMethod("; ".join(details))
+
+
+def time_methods(
+    bench: Bench,
+    ready: list[_Ready],
+    quantities: Sequence[str],
+    timed: Callable[[_Ready, str], TimedMethod],
+    mode: str,
+) -> tuple[list[_Ready], dict[str, PairedTimes]]:
+    """Paired times of all methods by quantity, and the methods that got through.
+
+    One that runs out of memory has its point finished as `oom`, and the rest are timed anew. After any other
+    failure the error is raised with its point blamed: what it left behind on the device is unknown, so the
+    rest of the group needs a fresh process.
+    """
+    report = bench.report
+    while ready:
+        points = {method.planned.name: method.planned.point for method in ready}
         try:
-            return candidates, {quantity: time_one(candidates, quantity) for quantity in quantities}
-        except ContenderFailed as failure:
-            left = _without_failed(report, failure, [candidate.entry for candidate in candidates])
+            times = {}
+            for number, quantity in enumerate(quantities):
+                begin = _starter(report, points, 0.5 + 0.4 * number / len(quantities), f"timing {quantity}")
+                calls = [timed(method, quantity) for method in ready]
+                times[quantity] = time_paired(calls, bench.timing, bench.group.device, mode, begin)
+                release_memory(bench.group)
+            return ready, times
+        except MethodFailed as failure:
+            _settle_failure(report, failure, points[failure.name])
+            failed = failure.name
         # Out of the handler, so that the failed attempt's frames no longer hold its memory.
-        candidates = [candidate for candidate in candidates if candidate.entry in left]
-        release_memory(group)
+        ready = [method for method in ready if method.planned.name != failed]
+        release_memory(bench.group)
     return [], {}
 
 
-def _without_failed(report: Reporter, failure: ContenderFailed, entries: Sequence[Entry]) -> list[Entry]:
-    """The entries without the one that ran out of memory, whose point is finished as `oom`.
-
-    Any other failure is raised again with its point blamed: what it left behind on the device is unknown, so
-    the rest of the group belongs into a fresh process.
-    """
-    guilty = next(entry for entry in entries if entry.name == failure.name)
+def _settle_failure(report: Reporter, failure: MethodFailed, point: Point) -> None:
     if not failure.out_of_memory:
-        report.start(guilty.point)
+        report.start(point)
         raise failure.__cause__ or failure
-    report.finish(guilty.point, "oom", str(failure))
-    return [entry for entry in entries if entry is not guilty]
+    report.finish(point, "oom", str(failure))
 
 
-def report_estimate(
-    report: Reporter,
-    point: Point,
-    metric: str,
-    estimate: stats.Estimate,
-    times: PairedTimes,
-    *,
-    status: str = "ok",
-    detail: str = "",
-) -> None:
-    """A row of a number that comes from paired times, with the conditions they were taken under."""
-    report.measure(
-        point,
+def _starter(
+    report: Reporter, points: Mapping[str, Point], fraction: float, text: str
+) -> Callable[[str], None]:
+    def start(name: str) -> None:
+        report.start(points[name])
+        report.progress(points[name], fraction, text)
+
+    return start
+
+
+def report_time(
+    bench: Bench, planned: PlannedMethod, metric: str, times: PairedTimes, per_ms: float = 1.0
+) -> stats.Estimate:
+    """The row and the samples of a time, in the metric's unit, of which a millisecond has `per_ms`.
+
+    Returns the time in milliseconds.
+    """
+    samples = times.samples[planned.name]
+    time = stats.median_estimate(samples, bench.group.seed)
+    unsettled = times.unsettled(planned.name, bench.timing)
+    bench.report.measure(
+        planned.point,
         metric,
-        estimate.value,
-        ci_low=estimate.ci_low,
-        ci_high=estimate.ci_high,
-        n_samples=estimate.n_samples,
-        statistic=estimate.statistic,
-        status=status,
-        detail=detail,
-        timing_mode=times.mode,
-        sm_clock_mhz=median_sm_clock(times.conditions),
-        throttled=any_throttled(times.conditions),
+        stats.scaled(time, per_ms),
+        conditions=conditions_of(times),
+        status="unstable" if unsettled else "ok",
+        detail=join_notes(unsettled, *times.notes),
     )
+    bench.report.samples(planned.point, metric, (samples * per_ms).tolist())
+    return time
+
+
+def report_rate(bench: Bench, planned: PlannedMethod, tokens: int, times: PairedTimes) -> None:
+    """Tokens per second, of work that handles so many tokens."""
+    time = stats.median_estimate(times.samples[planned.name], bench.group.seed)
+    rate = stats.rate(tokens * 1e3, time)
+    bench.report.measure(planned.point, "tokens_per_s", rate, conditions=conditions_of(times))
 
 
 def report_speedup(
-    group: Group, report: Reporter, entry: Entry, entries: Sequence[Entry], times: PairedTimes
+    bench: Bench, planned: PlannedMethod, ready: Sequence[ReadyMethod], times: PairedTimes
 ) -> None:
-    """The paired ratio to the fastest exact dense method of `entries`; no row if there is none."""
-    dense = [other.name for other in entries if other.method.is_dense]
+    """The paired ratio to the fastest exact dense method of `ready`; no row if there is none."""
+    dense = [other.planned.name for other in ready if other.planned.method.is_dense]
     if not dense:
         return
     base = min(dense, key=lambda name: stats.median(times.samples[name]))
-    ratio = stats.paired_ratio(times.samples[base], times.samples[entry.name], group.seed)
-    report_estimate(report, entry.point, "speedup_vs_best_dense", ratio, times, detail=f"over {base}")
+    ratio = stats.paired_ratio(times.samples[base], times.samples[planned.name], bench.group.seed)
+    conditions, detail = conditions_of(times), f"over {base}"
+    bench.report.measure(planned.point, "speedup_vs_best_dense", ratio, conditions=conditions, detail=detail)
 
 
-def timing_settings(group: Group, settings: Measure) -> TimingSettings:
-    """When to stop timing this group."""
-    return TimingSettings(
-        rel_ci=settings.timing.rel_ci, max_seconds=settings.timing.max_seconds, seed=group.seed
-    )
-
-
-def finish_timed(group: Group, settings: Measure, report: Reporter, entry: Entry, times: PairedTimes) -> None:
+def finish_timed(bench: Bench, planned: PlannedMethod, times: PairedTimes) -> None:
     """Finish a point as `ok`, or as `unstable` if its ratio did not settle, saying what was reached."""
-    unsettled = times.unsettled(entry.name, timing_settings(group, settings))
-    detail = join_notes(group.alignment_note, unsettled, *times.notes)
-    report.finish(entry.point, "unstable" if unsettled else "ok", detail)
+    unsettled = times.unsettled(planned.name, bench.timing)
+    detail = join_notes(bench.group.alignment_note, unsettled, *times.notes)
+    bench.report.finish(planned.point, "unstable" if unsettled else "ok", detail)
 
 
-def report_overflow(group: Group, report: Reporter, entry: Entry, x: Tensor, w_gate: Tensor) -> None:
+def conditions_of(times: PairedTimes) -> TimingConditions:
+    """Under what conditions paired times were taken."""
+    return TimingConditions.of(times.mode, times.conditions)
+
+
+def report_overflow(bench: Bench, planned: PlannedMethod, x: Tensor, w_gate: Tensor) -> None:
     """For a `threshold` rule: the share of the channels above the threshold that its cap left out."""
-    selection = entry.selection
+    selection = planned.selection
     if selection is None or selection.rule != "threshold":
         return
     wanted, left_out = 0, 0
     with torch.no_grad():
-        for rows in chunk_rows(x.shape[0], group.shape.d_ffn):
+        for rows in chunk_rows(x.shape[0], bench.group.shape.d_ffn):
             gates = x[rows] @ w_gate.T
             wanted += int((gates.double() > selection.threshold_f32).sum())
             left_out += int(overflow_count(gates, selection))
-    report.measure(entry.point, "overflow_fraction", left_out / wanted if wanted else 0.0, n_samples=1)
+    share = stats.without_interval(left_out / wanted if wanted else 0.0)
+    bench.report.measure(planned.point, "overflow_fraction", share)
 
 
 def join_notes(*notes: str) -> str:

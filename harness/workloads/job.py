@@ -1,25 +1,39 @@
 """What the runner and a trial process say to each other: a job in, events out, both JSON.
 
 A job is written to a file and names one point, or the points of one group. The trial appends one JSON line
-per event to the job's output file: `start` before it touches a point, `samples`, `progress`, and `finish`
-with all rows of that point. So when the process dies, the parent knows which point did it and keeps what
-was finished before.
+per event (see `harness.workloads.events`) to the job's output file: `start` before it touches a point,
+`samples`, `progress`, and `finish` with all rows of that point. So when the process dies, the parent knows
+which point was at work and keeps what was finished before.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
+
+import pydantic
+from pydantic.dataclasses import dataclass
 
 from harness.sweep.model import Measure
 from harness.sweep.point import Point
 
+if TYPE_CHECKING:
+    from harness.measure.clocks import TimingConditions
+    from harness.measure.stats import Estimate
 
-@dataclass(frozen=True)
+
+def _point_fields(value: Any) -> Any:
+    return dataclasses.asdict(Point.from_dict(value)) if isinstance(value, dict) else value
+
+
+_JobPoint = Annotated[
+    Point, pydantic.BeforeValidator(_point_fields), pydantic.PlainSerializer(lambda point: point.to_dict())
+]
+
+
+@dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))
 class Job:
     """One child process's work.
 
@@ -30,7 +44,7 @@ class Job:
     sweep: str
     run_id: str
     attempt: int
-    points: tuple[Point, ...]
+    points: tuple[_JobPoint, ...]
     measure: Measure
     device: str
     work_dir: str
@@ -38,22 +52,19 @@ class Job:
 
     def to_json(self) -> str:
         """JSON text that `from_json` reads back."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        values["points"] = [point.to_dict() for point in self.points]
-        values["measure"] = self.measure.model_dump(mode="json")
-        return json.dumps(values, indent=1)
+        return _JOB.dump_json(self, indent=1).decode()
 
     @classmethod
     def from_json(cls, text: str) -> Job:
-        """Inverse of `to_json`. Raises ValueError or TypeError if the text is not a job."""
-        values = json.loads(text)
-        values["points"] = tuple(Point.from_dict(point) for point in values["points"])
-        values["measure"] = Measure.model_validate(values["measure"])
-        return cls(**values)
+        """Inverse of `to_json`. Raises ValueError if the text is not a job."""
+        return _JOB.validate_json(text)
+
+
+_JOB = pydantic.TypeAdapter(Job)
 
 
 class Reporter(Protocol):
-    """What a workload calls to say what it measured. `harness.run.trial` implements it."""
+    """What a workload calls to say what it measured. `harness.workloads.reporter` implements it."""
 
     def start(self, point: Point) -> None:
         """This point is about to use the device: if the process dies now, this point is to blame."""
@@ -62,24 +73,21 @@ class Reporter(Protocol):
         self,
         point: Point,
         metric: str,
-        value: float | None,
+        number: Estimate | float,
         *,
-        ci_low: float | None = None,
-        ci_high: float | None = None,
-        n_samples: int | None = None,
-        statistic: str | None = None,
+        conditions: TimingConditions | None = None,
         status: str = "ok",
         detail: str = "",
-        timing_mode: str | None = None,
-        sm_clock_mhz: float | None = None,
-        throttled: bool | None = None,
     ) -> None:
-        """One row of the point: a metric named in `harness.sweep.metrics.METRICS` and its value."""
+        """One row of the point: a metric named in `harness.sweep.metrics.METRICS`, and its number.
+
+        A plain number has neither an interval nor samples. `conditions` are those of timed work.
+        """
 
     def samples(
         self, point: Point, metric: str, values: Sequence[float], x: Sequence[float] | None = None
     ) -> None:
-        """Raw samples behind a row, or a curve: `x` is the sample's place (round, tokens seen)."""
+        """Raw samples behind a row, or a curve. `x` gives the round or the tokens seen of each sample."""
 
     def progress(self, point: Point, fraction: float, text: str = "") -> None:
         """How far the point is, 0 to 1, for the progress bar."""
@@ -95,18 +103,3 @@ def write_job(job: Job, path: Path) -> None:
     """Write the job where `harness.run.trial` will read it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(job.to_json() + "\n", encoding="utf-8")
-
-
-def read_events(path: Path) -> list[dict[str, Any]]:
-    """All whole events of a trial's output file; a half-written last line (killed process) is ignored."""
-    if not path.exists():
-        return []
-    events = []
-    for line in path.read_bytes().split(b"\n"):
-        if not line.strip():
-            continue
-        try:
-            events.append(json.loads(line))
-        except ValueError:
-            break
-    return events

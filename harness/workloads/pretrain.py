@@ -1,6 +1,6 @@
 """Pre-train one model from its seed: throughput, peak memory, and perplexity on the held-out text.
 
-One point per process: a training run is minutes long, so rivals cannot alternate within it. They are paired
+One point per process: a training run is minutes long, so methods cannot alternate within it. They are paired
 by their weights, batches and evaluation text instead, which are the same for every method of a seed.
 """
 
@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import importlib
 import math
-import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +18,22 @@ import scipy.stats
 import torch
 from numpy.typing import ArrayLike
 
-from harness.measure.clocks import ClockReader, Conditions, any_throttled, median_sm_clock
-from harness.measure.memory import is_out_of_memory, peak_bytes, peak_rss_over_start_bytes, saved_bytes
-from harness.measure.stats import CONFIDENCE, RESAMPLES, Estimate, median_estimate
+from harness.measure.clocks import ClockReader, Conditions, TimingConditions
+from harness.measure.memory import (
+    is_out_of_memory,
+    peak_bytes,
+    peak_rss_over_start_bytes,
+    resident_bytes,
+    saved_bytes,
+)
+from harness.measure.stats import (
+    CONFIDENCE,
+    RESAMPLES,
+    Estimate,
+    median_estimate,
+    rate,
+    without_interval,
+)
 from harness.measure.union import LARGEST_BATCH, union_shares
 from harness.sweep.catalog import TRAINING_DTYPES
 from harness.sweep.point import Point
@@ -112,7 +125,7 @@ def _train_and_report(
     device = torch.device(job.device)
     compiled = method.compiles_on(device.type)
     peak = PeakMeter(device)
-    reader, blocks = ClockReader(device), list[Conditions | None]()
+    reader, readings = ClockReader(device), list[Conditions | None]()
     last_read = -math.inf
     n_steps = train_config(point).n_steps
 
@@ -121,7 +134,7 @@ def _train_and_report(
         report.progress(point, step / n_steps, f"loss {loss:.3f}")
         if time.monotonic() - last_read >= CLOCK_SECONDS:
             last_read = time.monotonic()
-            blocks.append(reader.read())
+            readings.append(reader.read())
 
     def on_evaluation(percent: int, evaluation: Evaluation) -> None:
         if 0 < percent < 100:
@@ -152,11 +165,10 @@ def _train_and_report(
         report.finish(point, "unsupported", f"{reason}: raise eval_tokens or lower seq_len")
         return
     result = trainer.run()
-    _report_speed(report, point, result, compiled, median_sm_clock(blocks), any_throttled(blocks))
+    _report_speed(report, point, result, compiled, TimingConditions.of("training", readings))
     if result.peak_bytes is not None:
-        report.measure(
-            point, peak.metric, float(result.peak_bytes), n_samples=1, statistic="max", detail=peak.detail
-        )
+        largest = without_interval(result.peak_bytes, statistic="max")
+        report.measure(point, peak.metric, largest, detail=peak.detail)
     report.measure(point, "parameters", float(sum(p.numel() for p in model.parameters())))
     _report_quality(report, point, result, trainer.text.bytes_per_token)
     if selection is not None and selection.rule == "threshold":
@@ -204,15 +216,8 @@ def _report_union(
     with autocast(model.head.device, point.dtype):
         shares = union_shares(model, trainer.text.windows[:, :-1], selection)
     largest = mean_estimate(shares[:, -1])
-    report.measure(
-        point,
-        "union_share",
-        largest.value,
-        ci_low=largest.ci_low,
-        ci_high=largest.ci_high,
-        n_samples=largest.n_samples,
-        statistic=f"mean over sets of {LARGEST_BATCH} texts",
-    )
+    statistic = f"mean over sets of {LARGEST_BATCH} texts"
+    report.measure(point, "union_share", replace(largest, statistic=statistic))
     batches = np.arange(1, LARGEST_BATCH + 1, dtype=float)
     report.samples(point, "union_share", shares.mean(axis=0).tolist(), batches.tolist())
 
@@ -228,7 +233,7 @@ class PeakMeter:
         self._cuda = device.type == "cuda"
         # The first optimizer of a process imports this: 147 MB of code that belongs to no model.
         importlib.import_module("torch._dynamo")
-        self._start = torch.cuda.memory_allocated() if self._cuda else _resident_bytes()
+        self._start = torch.cuda.memory_allocated() if self._cuda else resident_bytes()
         self.metric = "peak_allocated_bytes" if self._cuda else "peak_rss_over_start_bytes"
         self.detail = ""
 
@@ -241,7 +246,7 @@ class PeakMeter:
             resident = [0]
 
             def noted() -> None:
-                resident[0] = _resident_bytes()  # here, because what can be freed has been by now
+                resident[0] = resident_bytes()  # here, because what can be freed has been by now
                 run_steps()
 
             over = peak_rss_over_start_bytes(noted)
@@ -250,47 +255,21 @@ class PeakMeter:
         return standing + over
 
 
-def _resident_bytes() -> int:
-    """Resident set of this process now; 0 where the system does not say, so that only growth is counted."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    except OSError:
-        return 0
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
 def _report_speed(
     report: Reporter,
     point: Point,
     result: TrainResult,
     compiled: bool,
-    sm_clock_mhz: float | None,
-    throttled: bool | None,
+    conditions: TimingConditions,
 ) -> None:
     """Step time and throughput of the timed steps; what compilation cost."""
     step = median_estimate(result.step_ms)
-    for metric, estimate in (("step_ms", step), ("tokens_per_s", _throughput(step, point.tokens))):
-        report.measure(
-            point,
-            metric,
-            estimate.value,
-            ci_low=estimate.ci_low,
-            ci_high=estimate.ci_high,
-            n_samples=estimate.n_samples,
-            statistic=estimate.statistic,
-            timing_mode="training",
-            sm_clock_mhz=sm_clock_mhz,
-            throttled=throttled,
-        )
+    tokens_per_s = replace(rate(point.tokens * 1e3, step), statistic="tokens / median step")
+    report.measure(point, "step_ms", step, conditions=conditions)
+    report.measure(point, "tokens_per_s", tokens_per_s, conditions=conditions)
     report.samples(point, "step_ms", result.step_ms)
     if compiled and result.first_step_s is not None:
-        report.measure(point, "compile_s", result.first_step_s - step.value / 1e3, n_samples=1)
-
-
-def _throughput(step: Estimate, tokens: int) -> Estimate:
-    """Tokens per second from milliseconds per step; the ends of the interval change places."""
-    value, low, high = (tokens * 1e3 / ms for ms in (step.value, step.ci_high, step.ci_low))
-    return Estimate(value, low, high, step.n_samples, "tokens / median step")
+        report.measure(point, "compile_s", without_interval(result.first_step_s - step.value / 1e3))
 
 
 def _report_quality(report: Reporter, point: Point, result: TrainResult, bytes_per_token: float) -> None:
@@ -305,15 +284,7 @@ def _report_quality(report: Reporter, point: Point, result: TrainResult, bytes_p
         ("bits_per_byte", _mapped(trained, lambda nats: bits_per_byte(nats, bytes_per_token))),
     )
     for metric, estimate in rows:
-        report.measure(
-            point,
-            metric,
-            estimate.value,
-            ci_low=estimate.ci_low,
-            ci_high=estimate.ci_high,
-            n_samples=estimate.n_samples,
-            statistic=estimate.statistic,
-        )
+        report.measure(point, metric, estimate)
     # The same windows for every method: their differences pair, which a difference of means does not.
     report.samples(point, "eval_window_loss_nats", result.evaluations[-1].window_losses)
     report.measure(point, "train_tokens_seen", float(result.evaluations[-1].tokens_seen))

@@ -10,11 +10,9 @@ import torch
 
 from harness.measure import stats
 from harness.measure.clocks import ClockReader
-from harness.measure.ffn import DTYPES
-from harness.measure.launch import Contender, load_libraries
+from harness.measure.ffn import DTYPES, decoding_call, weight_copies, with_weights
+from harness.measure.launch import TimedMethod, load_libraries
 from harness.measure.timing import TimingSettings, open_sampler, run_rounds
-from harness.workloads.ffn_decode import _decode_call, _weight_copies
-from harness.workloads.group import with_weights
 from moc.config import FfnShape
 from moc.methods import get_method
 
@@ -46,11 +44,11 @@ def check_against_profiler(
     dtype = DTYPES[dtype_name]
     load_libraries(device, dtype)
     all_read = float(shape.n_params() * dtype.itemsize)
-    copies = _weight_copies(all_read, shape, batch, dtype, device, seed=0)
+    copies = weight_copies(all_read, shape, batch, dtype, device, seed=0)
     dense = get_method("dense").make(shape, None).to(device, dtype)
     layers = [with_weights(dense, tensors) for tensors in copies]
-    contender = Contender("dense", _decode_call(layers, copies[0].x), calls=len(layers))
-    sampler, notes = open_sampler([contender], device, "graph_rotated")
+    method = TimedMethod("dense", decoding_call(layers, copies[0].x), calls=len(layers))
+    sampler, notes = open_sampler([method], device, "graph_rotated")
     if notes:
         raise RuntimeError(notes[0])
     read = ClockReader(device).read

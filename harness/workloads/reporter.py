@@ -3,18 +3,60 @@
 from __future__ import annotations
 
 import datetime
-import json
 import math
 import time
 from collections.abc import Sequence
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Annotated, Any
 
-from harness.sweep.catalog import WORKLOADS
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+
+from harness.sweep.catalog import FIELDS, WORKLOADS
 from harness.sweep.metrics import METRICS, STATUSES
 from harness.sweep.point import SCHEMA_VERSION, Point
+from harness.workloads import events
 from harness.workloads.job import Job
 
+if TYPE_CHECKING:
+    from harness.measure.clocks import TimingConditions
+    from harness.measure.stats import Estimate
+
 PROGRESS_SECONDS = 0.5
+
+
+def _known_status(name: str) -> str:
+    if name not in STATUSES:
+        raise ValueError(f"status {name!r} is not one of {', '.join(STATUSES)}")
+    return name
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is None or math.isfinite(value) else None
+
+
+_Number = Annotated[float | None, AfterValidator(_finite)]  # JSON has no NaN and no infinity: they are null
+
+
+class Measured(BaseModel):
+    """The columns of a row that say what was measured; `point_columns` gives the others."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    timing_mode: str
+    metric: str
+    unit: str
+    higher_is_better: bool | None
+    value: _Number = None
+    ci_low: _Number = None
+    ci_high: _Number = None
+    n_samples: int | None = None
+    statistic: str | None = None
+    status: Annotated[str, AfterValidator(_known_status)]
+    detail: str
+    device_name: str
+    sm_clock_mhz: _Number = None
+    throttled: bool | None = None
+    env_id: str | None
+    started_at: str
 
 
 class EventReporter:
@@ -27,7 +69,7 @@ class EventReporter:
     def __init__(self, job: Job, stream: IO[str], device_name: str, env_id: str) -> None:
         self._job = job
         self._stream = stream
-        self._conditions = {"device_name": device_name, "env_id": env_id}
+        self._machine = {"device_name": device_name, "env_id": env_id}
         self._rows: dict[str, list[dict[str, Any]]] = {}
         self._started: dict[str, str] = {}
         self._last_progress = 0.0
@@ -38,62 +80,51 @@ class EventReporter:
         """See `Reporter`."""
         self.current = point
         self._started.setdefault(point.key, _now())
-        self._emit({"event": "start", "point_key": point.key})
+        self._emit(events.Start(point_key=point.key))
 
     def measure(
         self,
         point: Point,
         metric: str,
-        value: float | None,
+        number: Estimate | float,
         *,
-        ci_low: float | None = None,
-        ci_high: float | None = None,
-        n_samples: int | None = None,
-        statistic: str | None = None,
+        conditions: TimingConditions | None = None,
         status: str = "ok",
         detail: str = "",
-        timing_mode: str | None = None,
-        sm_clock_mhz: float | None = None,
-        throttled: bool | None = None,
     ) -> None:
-        """See `Reporter`. Raises ValueError for a metric or status that is not in the
-        schema.
-        """
-        if metric not in METRICS:
-            raise ValueError(f"metric {metric!r} is not in harness.sweep.metrics.METRICS")
-        row = self._row(point, metric, status, detail, timing_mode)
-        row.update(value=_number(value), ci_low=_number(ci_low), ci_high=_number(ci_high))
-        row.update(n_samples=n_samples, statistic=statistic)
-        row.update(sm_clock_mhz=_number(sm_clock_mhz), throttled=throttled)
+        """See `Reporter`. Raises ValueError for a row that is not of the schema."""
+        columns: dict[str, Any] = {"value": number} if isinstance(number, int | float) else vars(number)
+        if conditions is not None:
+            columns = {**columns, "timing_mode": conditions.mode}
+            columns |= {"sm_clock_mhz": conditions.sm_clock_mhz, "throttled": conditions.throttled}
+        row = self._row(point, metric, status, detail, **columns)
         self._rows.setdefault(point.key, []).append(row)
 
     def samples(
         self, point: Point, metric: str, values: Sequence[float], x: Sequence[float] | None = None
     ) -> None:
         """See `Reporter`."""
-        place = list(range(len(values))) if x is None else [float(item) for item in x]
-        item = {"run_id": self._job.run_id, "point_key": point.key, "metric": metric}
-        self._emit({"event": "samples", **item, "x": place, "value": [_number(value) for value in values]})
+        rounds = range(len(values)) if x is None else x
+        run_id, key = self._job.run_id, point.key
+        self._emit(
+            events.Samples(run_id=run_id, point_key=key, metric=metric, x=list(rounds), value=list(values))
+        )
 
     def progress(self, point: Point, fraction: float, text: str = "") -> None:
         """See `Reporter`. At most one event in `PROGRESS_SECONDS`, the last one always."""
         now = time.monotonic()
         if fraction >= 1.0 or now - self._last_progress >= PROGRESS_SECONDS:
             self._last_progress = now
-            self._emit({"event": "progress", "point_key": point.key, "fraction": fraction, "text": text})
+            self._emit(events.Progress(point_key=point.key, fraction=fraction, text=text))
 
     def intermediate(self, point: Point, percent: int, values: dict[str, float]) -> None:
         """See `Reporter`. A value that is not finite is left out."""
         known = {name: value for name, value in values.items() if math.isfinite(value)}
-        key = point.key
-        self._emit({"event": "intermediate", "point_key": key, "percent": percent, "values": known})
+        self._emit(events.Intermediate(point_key=point.key, percent=percent, values=known))
 
     def finish(self, point: Point, status: str = "ok", detail: str = "") -> None:
-        """See `Reporter`. A status without a measured value leaves one row that says
-        why.
-        """
-        if status not in STATUSES:
-            raise ValueError(f"status {status!r} is not one of {', '.join(STATUSES)}")
+        """See `Reporter`. A status without a measured value leaves one row that says why."""
+        _known_status(status)
         rows = self._rows.pop(point.key, [])
         primary = WORKLOADS[point.workload].primary_metric
         if status in ("ok", "unstable"):
@@ -103,22 +134,21 @@ class EventReporter:
                     row["detail"] = detail or row["detail"]
         else:
             kept = [row for row in rows if row["metric"] == "max_rel_err"]
-            rows = [*kept, self._row(point, primary, status, detail, None)]
+            rows = [*kept, self._row(point, primary, status, detail)]
         self.finished.add(point.key)
-        self._emit({"event": "finish", "point_key": point.key, "status": status, "rows": rows})
+        self._emit(events.Finish(point_key=point.key, status=status, rows=rows))
 
     def environment(self, record: dict[str, Any]) -> None:
         """The machine, once per trial."""
-        self._emit({"event": "environment", "record": record})
+        self._emit(events.Environment(record=record))
 
-    def _row(
-        self, point: Point, metric: str, status: str, detail: str, timing_mode: str | None
-    ) -> dict[str, Any]:
+    def _row(self, point: Point, metric: str, status: str, detail: str, **columns: Any) -> dict[str, Any]:
         started = self._started.get(point.key) or _now()
-        return make_row(self._job, point, metric, status, detail, timing_mode, started, **self._conditions)
+        columns = {**self._machine, "started_at": started, **columns}
+        return make_row(self._job, point, metric, status, detail, **columns)
 
-    def _emit(self, event: dict[str, Any]) -> None:
-        self._stream.write(json.dumps(event, separators=(",", ":")) + "\n")
+    def _emit(self, event: events.Event) -> None:
+        self._stream.write(events.write_event(event))
         self._stream.flush()
 
 
@@ -128,20 +158,26 @@ def make_row(
     metric: str,
     status: str,
     detail: str,
-    timing_mode: str | None = None,
-    started_at: str | None = None,
     *,
     device_name: str,
     env_id: str | None,
+    **columns: Any,
 ) -> dict[str, Any]:
-    """A row with every column of the schema and no value yet."""
-    row = point_columns(job, point)
-    row.update(timing_mode=timing_mode or point.timing_mode, metric=metric, unit=METRICS[metric].unit)
-    row.update(higher_is_better=METRICS[metric].higher_is_better, value=None, ci_low=None, ci_high=None)
-    row.update(n_samples=None, statistic=None, status=status, detail=detail)
-    row.update(device_name=device_name, sm_clock_mhz=None, throttled=None, env_id=env_id)
-    row.update(started_at=started_at or _now())
-    return row
+    """A row with every column of the schema; `columns` are further ones of `Measured`.
+
+    Raises ValueError for an unknown metric, status or column, or a value of a wrong type.
+    """
+    if metric not in METRICS:
+        raise ValueError(f"metric {metric!r} is not in harness.sweep.metrics.METRICS")
+    columns = {"timing_mode": point.timing_mode, "started_at": _now(), **columns}
+    columns |= {"metric": metric, "status": status, "detail": detail}
+    columns |= {"unit": METRICS[metric].unit, "higher_is_better": METRICS[metric].higher_is_better}
+    try:
+        measured = Measured(**columns, device_name=device_name, env_id=env_id)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"row of {metric}: column {first['loc'][0]}: {first['msg']}") from error
+    return {**point_columns(job, point), **measured.model_dump()}
 
 
 def _now() -> str:
@@ -150,46 +186,11 @@ def _now() -> str:
 
 def point_columns(job: Job, point: Point) -> dict[str, Any]:
     """The key and point columns of a row."""
-    k: int | None = point.d_ffn
-    if point.selection is not None:
-        from moc.selection import parse_selection
-
-        try:
-            k = parse_selection(point.selection).k(point.d_ffn)
-        except ValueError:
-            k = None  # the rule does not fit this width; the point is `unsupported`
     return {
         "schema_version": SCHEMA_VERSION,
         "sweep": job.sweep,
         "point_key": point.key,
         "run_id": job.run_id,
         "attempt": job.attempt,
-        "seed": point.seed,
-        "workload": point.workload,
-        "method": point.method,
-        "selection": point.selection,
-        "preset": point.preset,
-        "d_model": point.d_model,
-        "d_ffn": point.d_ffn,
-        "n_layers": point.n_layers,
-        "n_heads": point.n_heads,
-        "k": k,
-        "k_frac": None if k is None else k / point.d_ffn,
-        "batch": point.batch,
-        "seq_len": point.seq_len,
-        "tokens": point.tokens,
-        "train_tokens": point.train_tokens,
-        "eval_tokens": point.eval_tokens,
-        "vocab_size": point.vocab_size,
-        "lr": point.lr,
-        "data_id": point.data_id,
-        "dtype": point.dtype,
+        **{field.name: getattr(point, field.name) for field in FIELDS},
     }
-
-
-def _number(value: float | None) -> float | None:
-    """JSON has no NaN or infinity: a value that is neither finite nor known is null."""
-    if value is None:
-        return None
-    value = float(value)
-    return value if value == value and abs(value) != float("inf") else None

@@ -56,13 +56,13 @@ def _ready() -> None:
 def test_time(name: str, benchmark: BenchmarkFixture) -> None:
     """One benchmark, as many rounds as its share of the time allows."""
     measured = BENCHMARKS[name]
-    contender = measured.open(DEVICE)
-    sampler, notes = open_sampler([contender], DEVICE, measured.mode)
+    method = measured.open(DEVICE)
+    sampler, notes = open_sampler([method], DEVICE, measured.mode)
     begin = time.perf_counter()
-    sampler.sample(contender.name)
+    sampler.sample(method.name)
     rounds = int(SECONDS / (time.perf_counter() - begin))
     benchmark.pedantic(
-        lambda: CLOCK.add(sampler.sample(contender.name)),
+        lambda: CLOCK.add(sampler.sample(method.name)),
         rounds=max(LEAST_ROUNDS, min(MOST_ROUNDS, rounds)),
     )
     conditions = ClockReader(DEVICE).read()

@@ -4,13 +4,13 @@ Steps take longer and keep more with a larger K; a batch of 16 of a sparse metho
 """
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from harness.run.trial import output_path
 from harness.sweep.point import Point
+from harness.workloads import events
 from harness.workloads.job import Job
 from harness.workloads.reporter import make_row
 
@@ -25,8 +25,8 @@ def rows_of(job: Job, point: Point) -> tuple[str, list[dict[str, Any]]]:
     own |= {"k": k, "k_frac": k / point.d_ffn}
 
     def row(metric: str, value: float | None, status: str = "ok", detail: str = "") -> dict[str, Any]:
-        made = make_row(job, plain, metric, status, detail, device_name=NAME, env_id="e")
-        return {**made, **own, "value": value, "n_samples": 1}
+        columns = {"device_name": NAME, "env_id": "e", "value": value, "n_samples": 1}
+        return {**make_row(job, plain, metric, status, detail, **columns), **own}
 
     if point.batch == 16 and point.selection:
         return "oom", [row("step_ms", None, "oom", "made up")]
@@ -45,7 +45,7 @@ if __name__ == "__main__":
         for point in job.points:
             status, rows = rows_of(job, point)
             for event in (
-                {"event": "start"},
-                {"event": "finish", "status": status, "rows": rows},
+                events.Start(point_key=point.key),
+                events.Finish(point_key=point.key, status=status, rows=rows),
             ):
-                stream.write(json.dumps({**event, "point_key": point.key}) + "\n")
+                stream.write(events.write_event(event))

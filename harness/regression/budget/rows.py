@@ -18,7 +18,7 @@ import torch
 
 from harness.measure import roofline
 from harness.regression.budget.check import Facts
-from harness.run.trial import run_job
+from harness.run.trial import measure_job
 from harness.sweep.catalog import WORKLOADS
 from harness.sweep.model import Measure, Timing
 from harness.sweep.point import Point
@@ -68,7 +68,7 @@ def _metrics(points: Sequence[Point], folder: str, source: str) -> dict[str, lis
     """The metrics of the rows that one job leaves for each of its points, by point_key."""
     measure = Measure(timing=Timing(rel_ci=0.99, max_seconds=1e-3))  # two rounds of each timing
     stream = io.StringIO()
-    if run_job(Job("budget", "run", 1, tuple(points), measure, "cpu", folder, source), stream):
+    if measure_job(Job("budget", "run", 1, tuple(points), measure, "cpu", folder, source), stream):
         raise RuntimeError(f"{points[0].label} or another method crashed; the traceback stands above")
     events = [json.loads(line) for line in stream.getvalue().splitlines()]
     return {

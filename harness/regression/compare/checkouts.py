@@ -15,27 +15,23 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from harness.errors import UserError
 from harness.measure.clocks import Conditions
-from harness.measure.stats import Verdict, median, paired_ratio
+from harness.measure.stats import Verdict, median
 from harness.measure.timing import PairedTimes, TimingSettings, run_rounds
-from harness.regression.compare.verdict import RULES, Change, final, judge
+from harness.regression.compare.verdict import RULES, Change, judge_rounds
 from moc.config import near_miss
 
 ROOT = Path(__file__).resolve().parents[3]
-# The longest that one look at one benchmark may take. On a GPU it mostly takes a fraction of a second.
-MAX_SECONDS = {"cuda": 2.0, "cpu": 12.0}
-MIN_ROUNDS = 12
-NEAR_LOOKS = 3  # at most, at what is near the limit
 _LOG_LINES = 3
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Compared:
     """What came out for one point. Without a verdict it could not be compared, and `note` says why."""
 
     name: str
@@ -48,7 +44,6 @@ class Outcome:
     tokens: int | None = None  # of one unit of work
     failed: bool = False  # one of the sides raised an error
     looks: tuple[Verdict, ...] = ()
-    settled: bool = False  # the interval is as narrow as was asked for
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -134,32 +129,40 @@ class Pair:
         self._opened: dict[str, dict[str, Any]] = {}
         self._attempts: Counter[str] = Counter()
 
-    def measure(self, name: str, run: int) -> Outcome:
-        """One benchmark, looked at until it is known. `run` seeds the order of the sides.
+    def measure(self, name: str, run: int) -> Compared:
+        """One benchmark, looked at until it is known; `run` seeds the order of the sides.
 
-        SLOW is looked at again, and so is what stays open although the interval is narrow: then it is near
-        the limit. Each look is at other places in memory, so what these are worth does not decide.
+        Each look is at other places in memory, so what these are worth does not decide.
         """
-        looks: list[Outcome] = []
-        verdict: Verdict | None = None
+        rule = RULES[self._device]
+
+        def take(look: int) -> PairedTimes:
+            if look:
+                self._opened.pop(name)
+            return self._take(name, rule.timing(run))
+
         try:
-            while verdict is None:
-                looks.append(self._look(name, run))
-                found = [look.verdict for look in looks if look.verdict is not None]
-                verdict = final(found)
-                near = looks[-1].settled and "SLOW" not in found and len(looks) < NEAR_LOOKS
-                if verdict == "AMBG" and near:
-                    verdict = None
-                if verdict is None:
-                    self._opened.pop(name)
+            units = self._open(name)["units"]
+            verdict, looks = judge_rounds(take, rule, seed=run, units=units)
+            opening = self._opened[name]
         except ChildFailed as error:
             self._opened.pop(name, None)
-            return Outcome(name, None, str(error), failed=True)
-        notes = [looks[-1].note]
+            return Compared(name, None, str(error), failed=True)
+        last = looks[-1]
+        notes = [*opening["notes"], *_throttling(last.times)]
         if len(looks) > 1:
             notes.append(f"looks: {', then '.join(str(look.change) for look in looks)}")
-        note = "; ".join(filter(None, notes))
-        return replace(looks[-1], verdict=verdict, looks=tuple(found), note=note)
+        return Compared(
+            name=name,
+            verdict=verdict,
+            note="; ".join(notes),
+            change=last.change,
+            base_ms=last.base_ms,
+            head_ms=median(last.times.samples["head"]),
+            rounds=len(last.times.samples["base"]),
+            tokens=opening["tokens"],
+            looks=tuple(look.verdict for look in looks),
+        )
 
     def forget(self, name: str) -> None:
         """Give back what an opened benchmark holds."""
@@ -167,53 +170,32 @@ class Pair:
             for child in self._sides.values():
                 child.ask("close", name=name)
 
-    def _look(self, name: str, run: int) -> Outcome:
-        if name not in self._opened:
-            attempt = self._attempts[name]
-            self._attempts[name] += 1
-            # One after the other: what is opened is also timed once.
-            opened = {
-                side: child.ask(
-                    "open",
-                    name=name,
-                    inject=self._inject.get(name, 0.0) if side == "head" else 0.0,
-                    attempt=attempt,
-                )
-                for side, child in self._sides.items()
-            }
-            if opened["base"]["mode"] != opened["head"]["mode"]:
-                modes = ", ".join(f"{side} {answer['mode']}" for side, answer in opened.items())
-                raise ChildFailed("both", f"launched in different ways: {modes}; {opened['head']['notes']}")
-            self._opened[name] = opened["head"]
-        opening = self._opened[name]
-        rule = RULES[self._device]
-        settings = TimingSettings(
-            rel_ci=rule.rel_ci, max_seconds=MAX_SECONDS[self._device], min_rounds=MIN_ROUNDS, seed=run
-        )
-        times = run_rounds(
-            list(self._sides),
-            ["base"],
-            lambda side: float(self._sides[side].ask("sample", name=name)["ms"]),
-            settings,
-            mode=opening["mode"],
-            read=self._conditions,
-        )
-        base, head = times.samples["base"], times.samples["head"]
-        change = Change.of(paired_ratio(base, head, run))
-        base_ms = median(base)
-        verdict = judge(change, base_ms * opening["units"], rule)
-        return Outcome(
-            name=name,
-            verdict=verdict,
-            note="; ".join([*opening["notes"], *_throttling(times)]),
-            change=change,
-            base_ms=base_ms,
-            head_ms=median(head),
-            rounds=len(base),
-            tokens=opening["tokens"],
-            looks=(verdict,),
-            settled=times.stopped == "ci",
-        )
+    def _open(self, name: str) -> dict[str, Any]:
+        """What head answers when the benchmark is opened on both sides, unless it is open."""
+        if name in self._opened:
+            return self._opened[name]
+        attempt = self._attempts[name]
+        self._attempts[name] += 1
+        inject = {"base": 0.0, "head": self._inject.get(name, 0.0)}
+        # One after the other: what is opened is also timed once.
+        opened = {
+            side: child.ask("open", name=name, inject=inject[side], attempt=attempt)
+            for side, child in self._sides.items()
+        }
+        if opened["base"]["mode"] != opened["head"]["mode"]:
+            modes = ", ".join(f"{side} {answer['mode']}" for side, answer in opened.items())
+            raise ChildFailed("both", f"launched in different ways: {modes}; {opened['head']['notes']}")
+        self._opened[name] = opened["head"]
+        return opened["head"]
+
+    def _take(self, name: str, settings: TimingSettings) -> PairedTimes:
+        mode = self._open(name)["mode"]
+
+        def sample(side: str) -> float:
+            return float(self._sides[side].ask("sample", name=name)["ms"])
+
+        sides = list(self._sides)
+        return run_rounds(sides, ["base"], sample, settings, mode=mode, read=self._conditions)
 
     def _conditions(self) -> Conditions | None:
         found = self._sides["base"].ask("conditions")["conditions"]
@@ -236,7 +218,7 @@ def compare_checkouts(
     runs: int,
     only: Sequence[str],
     say: Callable[[str], None],
-) -> tuple[list[list[Outcome]], dict[str, Any]]:
+) -> tuple[list[list[Compared]], dict[str, Any]]:
     """The outcomes of each run over all benchmarks, and the environment both sides share.
 
     Both processes live through all runs. Raises UserError if a side has no benchmarks to run, or a name of
@@ -258,14 +240,14 @@ def compare_checkouts(
         names = _chosen(pair.names, only)
         outcomes = [list(_one_run(pair, names, run, keep_open=runs > 1, say=say)) for run in range(runs)]
         if not only:
-            outcomes[0] += [Outcome(name, None, "only base has it") for name in pair.only_base]
-            outcomes[0] += [Outcome(name, None, "only head has it") for name in pair.only_head]
+            outcomes[0] += [Compared(name, None, "only base has it") for name in pair.only_base]
+            outcomes[0] += [Compared(name, None, "only head has it") for name in pair.only_head]
         return outcomes, pair.environment
 
 
 def _one_run(
     pair: Pair, names: Sequence[str], run: int, *, keep_open: bool, say: Callable[[str], None]
-) -> Iterator[Outcome]:
+) -> Iterator[Compared]:
     for name in names:
         outcome = pair.measure(name, run)
         if not keep_open:

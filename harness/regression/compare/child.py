@@ -2,7 +2,8 @@
 
     python -m harness.regression.compare.child CHECKOUT DEVICE
 
-A line of JSON on standard input is a request, a line on standard output the answer. `moc` and the definitions
+`harness.regression.compare.checkouts` starts it, nobody types it, so its arguments are read as they stand. A
+line of JSON on standard input is a request, a line on standard output the answer. `moc` and the definitions
 of the benchmarks are the checkout's; everything else of `harness` is the judge's own, on both sides, so that
 a change of how things are measured is never taken for a change of speed.
 """
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 # Where a checkout defines its benchmarks: today, and before the modules moved into folders.
 DEFINITIONS = ("harness/regression/benchmarks.py", "harness/benchmarks.py")
+# Definitions of older checkouts run on today's harness: what they import by a name that has changed since.
+OLD_NAMES = (("harness.measure.launch", "Contender", "TimedMethod"),)  # module, name then, name now
 # A block of samples is what alternates. On a GPU it is long enough for the other process's turn, and the
 # switch between the two, not to matter; its median goes on.
 _BLOCK_MS = 4.0
@@ -46,7 +49,7 @@ def main() -> int:
     sys.path.insert(0, str(root))
     gc.disable()  # a pause would hit whoever is being timed; what is opened anew is collected before
     try:
-        side = _Side(root, device)
+        side = _Checkout(root, device)
     except Exception as error:  # the checkout may hold anything; the judge says what was wrong with it
         _answer(answers, {"error": _one_line(error)})
         return 1
@@ -62,7 +65,7 @@ def main() -> int:
     return 0
 
 
-class _Side:
+class _Checkout:
     """The benchmarks of a checkout, those that are open with their samplers."""
 
     def __init__(self, root: Path, device: str) -> None:
@@ -103,24 +106,24 @@ class _Side:
         load_libraries(self._device, torch.float32)
         benchmark = self._benchmarks[name]
         shift = torch.empty(attempt * _SHIFT_BYTES, dtype=torch.uint8, device=self._device)
-        contender = benchmark.open(self._device)
-        sampler, notes = open_sampler([contender], self._device, benchmark.mode)
+        method = benchmark.open(self._device)
+        sampler, notes = open_sampler([method], self._device, benchmark.mode)
         if inject:
             from harness.measure.selftest import slowed
 
-            samples = [sampler.sample(contender.name) for _ in range(_OWN_TIME_SAMPLES)]
-            own_ms = statistics.median(samples) * contender.units
-            call = slowed(contender.call, inject, own_ms, self._device)
-            contender = dataclasses.replace(contender, call=call)
-            sampler, notes = open_sampler([contender], self._device, benchmark.mode)
+            samples = [sampler.sample(method.name) for _ in range(_OWN_TIME_SAMPLES)]
+            own_ms = statistics.median(samples) * method.units
+            call = slowed(method.call, inject, own_ms, self._device)
+            method = dataclasses.replace(method, call=call)
+            sampler, notes = open_sampler([method], self._device, benchmark.mode)
         begin = time.perf_counter()
-        ms = sampler.sample(contender.name)
+        ms = sampler.sample(method.name)
         wall_ms = 1e3 * (time.perf_counter() - begin)
         block = 1
         if self._device.type == "cuda":
             block = max(_LEAST_BLOCK, min(_MOST_BLOCK, round(_BLOCK_MS / wall_ms)))
-        self._open[name] = _Open(contender.name, sampler, block, shift)
-        units = contender.units
+        self._open[name] = _Open(method.name, sampler, block, shift)
+        units = method.units
         return {"mode": sampler.mode, "notes": notes, "units": units, "ms": ms, "tokens": benchmark.tokens}
 
     def sample(self, name: str) -> dict[str, Any]:
@@ -142,13 +145,13 @@ class _Side:
 class _Open:
     """A benchmark that is ready; `shift` is the memory that moves it."""
 
-    contender: str
+    method: str
     sampler: Sampler
     block: int
     shift: torch.Tensor
 
     def sample(self) -> float:
-        return statistics.median(self.sampler.sample(self.contender) for _ in range(self.block))
+        return statistics.median(self.sampler.sample(self.method) for _ in range(self.block))
 
 
 def _check_origin(module: ModuleType, root: Path) -> None:
@@ -160,6 +163,8 @@ def _load(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location("harness.regression.benchmarks", path)
     assert spec is not None
     assert spec.loader is not None
+    for name, then, now in OLD_NAMES:
+        setattr(importlib.import_module(name), then, getattr(importlib.import_module(name), now))
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike
 
 from harness.errors import UserError
 from harness.measure.stats import MIN_SAMPLES, Verdict, median
-from harness.regression.compare.checkouts import Outcome
+from harness.regression.compare.checkouts import Compared
 from harness.regression.compare.sides import Side, refuse_other_machine
 from harness.regression.compare.verdict import RULES, Change, Rule, judge, unpaired_speedup
 from harness.store.files import read_environments
@@ -32,7 +32,7 @@ _TIMES = [name for name, metric in METRICS.items() if metric.unit in _MS]
 _PLACE = ["device_name", "point_key"]
 
 
-def compare_stored(base: Side, head: Side) -> tuple[list[Outcome], dict[str, Any]]:
+def compare_stored(base: Side, head: Side) -> tuple[list[Compared], dict[str, Any]]:
     """The outcomes of all points, and the environment both were measured in.
 
     Raises UserError if they were measured on different machines, or hold nothing that can be compared.
@@ -42,7 +42,7 @@ def compare_stored(base: Side, head: Side) -> tuple[list[Outcome], dict[str, Any
     return _compare_results(base, head)
 
 
-def compare_samples(name: str, base: ArrayLike, head: ArrayLike, rule: Rule) -> Outcome:
+def compare_samples(name: str, base: ArrayLike, head: ArrayLike, rule: Rule) -> Compared:
     """The outcome of one point from samples in milliseconds, each in the order they were taken."""
     first, second = np.asarray(base, dtype=np.float64), np.asarray(head, dtype=np.float64)
     change = Change.of(unpaired_speedup(first, second))
@@ -58,7 +58,7 @@ def compare_samples(name: str, base: ArrayLike, head: ArrayLike, rule: Rule) -> 
             if set(looks) != {"SLOW"}:
                 verdict = "AMBG"
                 note = f"slower, but the halves of the samples say {looks[0]} and {looks[1]}"
-    return Outcome(
+    return Compared(
         name=name,
         verdict=verdict,
         note=note,
@@ -70,16 +70,16 @@ def compare_samples(name: str, base: ArrayLike, head: ArrayLike, rule: Rule) -> 
     )
 
 
-def _compare_results(base: Side, head: Side) -> tuple[list[Outcome], dict[str, Any]]:
+def _compare_results(base: Side, head: Side) -> tuple[list[Compared], dict[str, Any]]:
     first, second = _Results(base.path), _Results(head.path)
     if not set(first.devices) & set(second.devices):
         devices = f"{', '.join(first.devices)} against {', '.join(second.devices)}"
         raise UserError(f"measured on different machines, which cannot be compared: {devices}")
-    outcomes: list[Outcome] = []
+    outcomes: list[Compared] = []
     environment: dict[str, Any] = {}
     for place, point in first.points.items():
         if place not in second.points:
-            outcomes.append(Outcome(_label(point), None, "only base has it"))
+            outcomes.append(Compared(_label(point), None, "only base has it"))
             continue
         other = second.points[place]
         environment = second.environment(other)
@@ -87,7 +87,7 @@ def _compare_results(base: Side, head: Side) -> tuple[list[Outcome], dict[str, A
         if other["status"] not in MEASURED:
             failed = point["status"] in MEASURED
             note = f"head: {other['status']}: {other['detail']}"
-            outcomes.append(Outcome(_label(point), None, note, failed=failed))
+            outcomes.append(Compared(_label(point), None, note, failed=failed))
             continue
         rule = RULES["cuda" if environment["device"] == "cuda" else "cpu"]
         for metric in _TIMES:
@@ -95,7 +95,7 @@ def _compare_results(base: Side, head: Side) -> tuple[list[Outcome], dict[str, A
             if all(values.size for values in samples):
                 outcomes.append(compare_samples(f"{_label(point)}: {metric}", *samples, rule))
     outcomes += [
-        Outcome(_label(point), None, "only head has it")
+        Compared(_label(point), None, "only head has it")
         for place, point in second.points.items()
         if place not in first.points
     ]
@@ -151,7 +151,7 @@ def _label(point: pd.Series) -> str:
     return " ".join(str(word) for word in words if isinstance(word, str))
 
 
-def _compare_benchmarks(base: Side, head: Side) -> tuple[list[Outcome], dict[str, Any]]:
+def _compare_benchmarks(base: Side, head: Side) -> tuple[list[Compared], dict[str, Any]]:
     first, second = (_read_benchmarks(side.path) for side in (base, head))
     environment = second["machine_info"][RECORD]
     refuse_other_machine(first["machine_info"][RECORD], environment)
@@ -160,10 +160,10 @@ def _compare_benchmarks(base: Side, head: Side) -> tuple[list[Outcome], dict[str
     outcomes = [
         compare_samples(name, known[name], other[name], rule)
         if name in other
-        else Outcome(name, None, "only base has it")
+        else Compared(name, None, "only base has it")
         for name in known
     ]
-    outcomes += [Outcome(name, None, "only head has it") for name in other if name not in known]
+    outcomes += [Compared(name, None, "only head has it") for name in other if name not in known]
     return outcomes, environment
 
 

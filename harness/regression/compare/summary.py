@@ -14,7 +14,7 @@ from typing import Any
 from matplotlib.lines import Line2D
 
 from harness.measure.stats import Verdict
-from harness.regression.compare.checkouts import Outcome
+from harness.regression.compare.checkouts import Compared
 from harness.regression.compare.verdict import RULES
 from harness.report.plots.style import Board
 
@@ -33,10 +33,10 @@ class Comparison:
     command: str
     device: str  # cpu or cuda
     environment: dict[str, Any]
-    runs: list[list[Outcome]]
+    runs: list[list[Compared]]
 
     @property
-    def outcomes(self) -> list[Outcome]:
+    def outcomes(self) -> list[Compared]:
         """Of all runs."""
         return [outcome for run in self.runs for outcome in run]
 
@@ -96,10 +96,10 @@ def markdown(comparison: Comparison) -> str:
     if any(outcome.change is not None for outcome in comparison.runs[-1]):
         lines += ["![change of time of each benchmark](changes.png)", ""]
     lines += [
-        f"A change of {100 * rule.told:g} % is told: SLOW and FAST mean that the whole interval lies beyond "
-        f"{100 * rule.limit:g} %, and that the difference is more than {1e3 * rule.floor_ms:g} us; SLOW came "
-        "out twice. SAME means that the whole interval lies within these limits, AMBG that more samples are "
-        "needed to say.",
+        f"A change of {100 * rule.smallest_change:g} % is reported. SLOW and FAST mean that the whole "
+        f"interval lies beyond {100 * rule.limit:g} % and that the difference is more than "
+        f"{1e3 * rule.floor_ms:g} us; SLOW came out twice. SAME means that the whole interval lies within "
+        "these limits, AMBG that it takes more samples to say.",
         "",
     ]
     return "\n".join(lines)
@@ -114,7 +114,7 @@ def _counts_table(comparison: Comparison) -> list[str]:
     return lines
 
 
-def _row(outcome: Outcome) -> str:
+def _row(outcome: Compared) -> str:
     numbers = ["" if value is None else f"{value:.4g}" for value in (outcome.base_ms, outcome.head_ms)]
     rate = "" if outcome.tokens_per_s is None else f"{outcome.tokens_per_s:,.0f}"
     verdict = outcome.verdict or ("failed" if outcome.failed else "")
@@ -122,7 +122,7 @@ def _row(outcome: Outcome) -> str:
     return f"| {' | '.join([*cells, outcome.note.replace('|', '/')])} |"
 
 
-def _plot(comparison: Comparison, outcomes: Sequence[Outcome], path: Path) -> None:
+def _plot(comparison: Comparison, outcomes: Sequence[Compared], path: Path) -> None:
     limit = 100 * RULES[comparison.device].limit
     board = Board([""], columns=1, panel_inches=0.6 + 0.24 * len(outcomes))
     (axes,) = board.axes
@@ -150,7 +150,7 @@ def _plot(comparison: Comparison, outcomes: Sequence[Outcome], path: Path) -> No
         comparison.sentence(),
         f"{environment['device_name']}, torch {environment['torch']}; {comparison.command}",
         x="change of time, % (right is slower)",
-        note=f"Dot: median; bar: 95 % interval; grey: within {limit:g} %, where nothing is told.",
+        note=f"Dot: median; bar: 95 % interval; grey: within {limit:g} %, where nothing is reported.",
     )
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,6 +25,7 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from harness.measure.cache import cache_folder
 from harness.training.data.corpus import Corpus, Progress, spool
 from harness.training.data.sources import Source, parse_source
 from harness.training.data.tokenizer import (
@@ -76,11 +76,6 @@ class TokenDataset:
     def token_bytes(self) -> NDArray[np.int64]:
         """Bytes of text each token stands for, [vocab_size]."""
         return bytes_of_tokens(self.tokenizer)
-
-
-def default_cache_root() -> Path:
-    """Folder of all token caches: `MOCBENCH_CACHE`, or `~/.cache/mocbench`."""
-    return Path(os.environ.get("MOCBENCH_CACHE") or Path.home() / ".cache" / "mocbench")
 
 
 def prepare(
@@ -137,7 +132,7 @@ def _request(source: str, vocab_size: int, cache_root: Path | str | None) -> tup
     """The cache folder, the source, and the name of what is asked for."""
     if vocab_size < MIN_VOCAB_SIZE:
         raise VocabularyError(f"vocab_size must be at least {MIN_VOCAB_SIZE}, not {vocab_size}")
-    root = Path(cache_root) if cache_root is not None else default_cache_root()
+    root = Path(cache_root) if cache_root is not None else cache_folder()
     parsed = parse_source(source)
     return root, parsed, _hash(parsed.identity(), vocab_size, DATA_VERSION, tokenizers.__version__)
 

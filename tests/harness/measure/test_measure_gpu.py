@@ -13,11 +13,14 @@ from torch import Tensor
 from harness.measure import gate, memory, roofline, selftest, stats
 from harness.measure.clocks import ClockReader
 from harness.measure.ffn import TrainingCalls, ffn_weights, natural_tensors
-from harness.measure.launch import Contender
+from harness.measure.launch import TimedMethod
+from harness.measure.stats import Verdict
 from harness.measure.timing import PairedTimes, TimingSettings, open_sampler, time_paired
+from harness.regression.compare.verdict import RULES, judge_rounds
 from harness.sweep.model import Measure, Timing
-from harness.workloads import ffn_decode, ffn_train
+from harness.workloads import ffn_train
 from harness.workloads.job import Job
+from harness.workloads.profiler_check import check_against_profiler
 from moc.config import FfnShape
 from moc.layers.dense import DenseFFN
 from moc.methods import METHODS
@@ -40,7 +43,7 @@ def dense_calls(shape: FfnShape = SHAPE, tokens: int = TOKENS) -> TrainingCalls:
 
 
 def median_ms(call: Callable[[], object], mode: str) -> float:
-    times = time_paired([Contender("a", call)], TimingSettings(max_seconds=5), CUDA, mode)
+    times = time_paired([TimedMethod("a", call)], TimingSettings(max_seconds=5), CUDA, mode)
     assert times.mode == mode, times.notes
     return stats.median(times.samples["a"])
 
@@ -73,13 +76,13 @@ def test_a_flushed_cache_is_cold_and_a_replayed_one_is_hot() -> None:
 def test_forward_and_backward_alone_add_up_to_about_the_step() -> None:
     """Backward is timed on its own graph of saved tensors, made anew before each replay."""
     calls = dense_calls()
-    contenders = {
-        "forward": Contender("a", calls.forward),
-        "backward": Contender("a", calls.backward, calls.prepare_backward),
-        "step": Contender("a", calls.step),
+    methods = {
+        "forward": TimedMethod("a", calls.forward),
+        "backward": TimedMethod("a", calls.backward, calls.prepare_backward),
+        "step": TimedMethod("a", calls.step),
     }
     times: dict[str, PairedTimes] = {
-        name: time_paired([item], TimingSettings(max_seconds=5), CUDA) for name, item in contenders.items()
+        name: time_paired([item], TimingSettings(max_seconds=5), CUDA) for name, item in methods.items()
     }
     parts = {name: stats.median(item.samples["a"]) for name, item in times.items()}
     assert all(item.mode == "graph_cold" for item in times.values())
@@ -94,8 +97,8 @@ def test_work_that_waits_sends_all_to_eager_launches_and_is_named() -> None:
     def waits() -> float:
         return float(calls.forward().detach().sum())
 
-    contenders = [Contender("dense", calls.step), Contender("waits", waits)]
-    times = time_paired(contenders, TimingSettings(max_seconds=5), CUDA)
+    methods = [TimedMethod("dense", calls.step), TimedMethod("waits", waits)]
+    times = time_paired(methods, TimingSettings(max_seconds=5), CUDA)
     assert times.mode == "launch_cold"
     assert "waits cannot be captured" in times.notes[0]
     assert any("waits waits for the device" in note for note in times.notes)
@@ -112,7 +115,7 @@ def test_a_capture_that_fails_midway_leaves_the_process_usable() -> None:
         if torch.cuda.is_current_stream_capturing():
             float(y[0])
 
-    times = time_paired([Contender("a", waits_when_captured)], TimingSettings(max_seconds=2), CUDA)
+    times = time_paired([TimedMethod("a", waits_when_captured)], TimingSettings(max_seconds=2), CUDA)
     assert times.mode == "launch_cold"
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
     junk = torch.empty(2**28, device=CUDA, dtype=torch.uint8)
@@ -132,8 +135,8 @@ def test_the_shared_pool_holds_one_rivals_temporaries_at_a_time() -> None:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_reserved()
-        contenders = [Contender(str(number), calls.step) for number in range(count)]
-        time_paired(contenders, TimingSettings(max_rounds=4), CUDA)
+        methods = [TimedMethod(str(number), calls.step) for number in range(count)]
+        time_paired(methods, TimingSettings(max_rounds=4), CUDA)
         reserved.append(torch.cuda.max_memory_reserved() - before)
     assert reserved[1] <= 1.01 * reserved[0]
 
@@ -145,7 +148,7 @@ def test_conditions_are_read_while_timing() -> None:
         pytest.skip("no NVML on this machine")
     assert 100 < reading.sm_clock_mhz < 5000
     assert 0 < reading.temperature_c < 120
-    times = time_paired([Contender("a", dense_calls().step)], TimingSettings(max_rounds=10), CUDA)
+    times = time_paired([TimedMethod("a", dense_calls().step)], TimingSettings(max_rounds=10), CUDA)
     assert all(block is not None for block in times.conditions)
 
 
@@ -228,11 +231,11 @@ def test_ffn_train_measures_eager_compiled_and_sparse_methods() -> None:
 
 
 @pytest.mark.parametrize("mode", ["graph_cold", "graph_rotated", "launch_cold"])
-def test_a_sampler_keeps_what_its_contender_reads(mode: str) -> None:
+def test_a_sampler_keeps_what_its_method_reads(mode: str) -> None:
     """Whoever holds the sampler alone can go on sampling: a graph does not keep the tensors it reads."""
     x = torch.randn(1 << 20, device=CUDA)
     alive = weakref.ref(x)
-    sampler, _notes = open_sampler([Contender("a", lambda x=x: x + 1)], CUDA, mode)
+    sampler, _notes = open_sampler([TimedMethod("a", lambda x=x: x + 1)], CUDA, mode)
     del x
     gc.collect()
     assert alive() is not None
@@ -241,7 +244,7 @@ def test_a_sampler_keeps_what_its_contender_reads(mode: str) -> None:
 
 def test_decode_latency_agrees_with_the_profiler() -> None:
     """Events around a replay and the profiler's kernel times, gaps between them included, agree to 5 %."""
-    check = ffn_decode.check_against_profiler(FfnShape(4096, 11008), 1, "bf16", CUDA)
+    check = check_against_profiler(FfnShape(4096, 11008), 1, "bf16", CUDA)
     assert abs(check.difference) < 0.05
     assert check.busy_us <= check.span_us
 
@@ -249,8 +252,12 @@ def test_decode_latency_agrees_with_the_profiler() -> None:
 def test_a_method_is_the_same_as_itself_and_three_percent_are_found() -> None:
     """Thirty trials of each on a dense step: no more than one false alarm, no more than one miss."""
     call = selftest.dense_training_step(CUDA, "60m", tokens=16384, dtype="bf16")
-    settings = TimingSettings(max_seconds=5.0)
-    same, slow = selftest.run_self_test(call, CUDA, settings, trials=30, injected=(0.0, 0.03))
+    rule = RULES["cuda"]
+
+    def judge(take: Callable[[int], PairedTimes], seed: int) -> Verdict:
+        return judge_rounds(take, rule, seed=seed)[0]
+
+    same, slow = selftest.run_self_test(call, CUDA, rule.timing(0), 30, judge, injected=(0.0, 0.03))
     assert same.same >= 29
     assert slow.slow >= 29
     assert slow.median_ratio == pytest.approx(1 / 1.03, abs=0.004)

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from harness.measure import launch, stats
-from harness.measure.launch import Contender, CudaSampler
+from harness.measure.launch import CudaSampler, TimedMethod
 from harness.measure.timing import (
-    ContenderFailed,
+    MODES,
+    MethodFailed,
     TimingSettings,
     half_widths,
     open_sampler,
@@ -22,6 +23,7 @@ from harness.measure.timing import (
     run_rounds,
     time_paired,
 )
+from harness.sweep.catalog import FIELD
 
 CPU = torch.device("cpu")
 NAMES = ["a", "b", "c", "d"]
@@ -57,7 +59,7 @@ def test_a_pair_of_rounds_is_a_palindrome_in_which_all_have_the_same_mean_place(
 
 
 def test_over_many_pairs_nobody_always_follows_the_same_rival() -> None:
-    """Each ordered pair of rivals is adjacent about equally often within rounds."""
+    """Each ordered pair of methods is adjacent about equally often within rounds."""
     followers: Counter[tuple[str, str]] = Counter()
     for pair in range(600):
         order = order_of_pair(NAMES, pair, seed=0)[: len(NAMES)]
@@ -73,7 +75,7 @@ def test_the_order_depends_on_the_seed_alone() -> None:
 
 
 def test_samples_are_aligned_by_round() -> None:
-    """Sample i of every contender was taken in round i."""
+    """Sample i of every method was taken in round i."""
     calls = []
 
     def sample(name: str) -> float:
@@ -124,7 +126,7 @@ def test_timing_stops_as_soon_as_every_interval_is_narrow_enough() -> None:
 
 
 def test_at_the_time_cap_timing_says_what_it_reached() -> None:
-    """Noise that cannot be averaged away in the time given ends at the cap, with the reason per contender."""
+    """Noise that cannot be averaged away in the time given ends at the cap, with the reason per method."""
     rng = np.random.default_rng(4)
     settings = TimingSettings(max_seconds=2.0)
     times = simulate(lambda name: 10 * rng.uniform(0.5, 1.5), NAMES, max_seconds=2.0)
@@ -142,7 +144,7 @@ def test_too_few_rounds_never_count_as_settled() -> None:
 
 
 def test_the_reference_of_a_width_is_the_fastest_other_anchor() -> None:
-    """A contender's width is of its ratio to the fastest anchor but itself; alone, of its median."""
+    """A method's width is of its ratio to the fastest anchor but itself; alone, of its median."""
     rng = np.random.default_rng(0)
     noise = 1 + 0.05 * rng.standard_normal(50)
     samples = {"dense": 2 * noise, "moc": 1 * noise, "slow": 9 * (1 + 0.05 * rng.standard_normal(50))}
@@ -156,7 +158,7 @@ def test_the_reference_of_a_width_is_the_fastest_other_anchor() -> None:
     )
 
 
-def test_a_failing_contender_is_named_with_its_own_error() -> None:
+def test_a_failing_method_is_named_with_its_own_error() -> None:
     """Whoever raises while sampled is named, and running out of memory is told from other errors."""
 
     def out_of_memory() -> None:
@@ -166,25 +168,25 @@ def test_a_failing_contender_is_named_with_its_own_error() -> None:
         raise KeyError("lost")
 
     for work, expected in ((out_of_memory, True), (broken, False)):
-        with pytest.raises(ContenderFailed, match="bad: ") as caught:
-            time_paired([Contender("good", lambda: None), Contender("bad", work)], TimingSettings(), CPU)
+        with pytest.raises(MethodFailed, match="bad: ") as caught:
+            time_paired([TimedMethod("good", lambda: None), TimedMethod("bad", work)], TimingSettings(), CPU)
         assert caught.value.name == "bad"
         assert caught.value.out_of_memory is expected
         assert caught.value.__cause__ is not None
 
 
-def test_on_the_cpu_every_contender_is_prepared_called_and_told_alike() -> None:
+def test_on_the_cpu_every_method_is_prepared_and_called_alike() -> None:
     """Each call has its own prepare before it, all get the same number, and a unit's time is per unit."""
     log: list[str] = []
     started: list[str] = []
 
-    def contender(name: str, calls: int) -> Contender:
-        return Contender(
+    def method(name: str, calls: int) -> TimedMethod:
+        return TimedMethod(
             name, lambda: log.append(f"{name} call"), lambda: log.append(f"{name} prepare"), calls=calls
         )
 
     settings = TimingSettings(min_rounds=4, max_rounds=4)
-    times = time_paired([contender("a", 1), contender("b", 50)], settings, CPU, on_start=started.append)
+    times = time_paired([method("a", 1), method("b", 50)], settings, CPU, on_start=started.append)
     assert started == ["a", "b"]
     assert Counter(log) == Counter(
         {f"{n} {w}": 4 + launch.CPU_WARMUP_CALLS for n in "ab" for w in ("prepare", "call")}
@@ -207,22 +209,28 @@ def test_a_sample_does_not_hold_the_time_of_giving_its_result_back(monkeypatch: 
         return 1000 * len(events)
 
     monkeypatch.setattr(launch, "time", SimpleNamespace(perf_counter_ns=read_clock))
-    time_paired([Contender("a", Result)], TimingSettings(min_rounds=4, max_rounds=4), CPU)
+    time_paired([TimedMethod("a", Result)], TimingSettings(min_rounds=4, max_rounds=4), CPU)
     assert events == ["clock", "clock", "released"] * (4 + launch.CPU_WARMUP_CALLS)
 
 
+def test_a_sweep_names_modes_that_there_are() -> None:
+    """The modes of a sweep file are modes of the timer; the rotated ones are the workloads' own choice."""
+    assert set(MODES) - set(FIELD["timing_mode"].choices) == {"graph_rotated", "launch_rotated"}
+    assert set(FIELD["timing_mode"].choices) < set(MODES)
+
+
 @pytest.mark.parametrize(
-    ("contenders", "mode", "message"),
+    ("methods", "mode", "message"),
     [
         ([], "auto", "distinct names"),
-        ([Contender("a", int), Contender("a", int)], "auto", "distinct names"),
-        ([Contender("a", int)], "warm", "not one of auto, graph_cold"),
+        ([TimedMethod("a", int), TimedMethod("a", int)], "auto", "distinct names"),
+        ([TimedMethod("a", int)], "warm", "not one of auto, graph_cold"),
     ],
 )
-def test_bad_requests_are_refused(contenders: list[Contender], mode: str, message: str) -> None:
-    """No contender, a name twice, and an unknown mode raise a line that says so."""
+def test_bad_requests_are_refused(methods: list[TimedMethod], mode: str, message: str) -> None:
+    """No method, a name twice, and an unknown mode raise a line that says so."""
     with pytest.raises(ValueError, match=message):
-        time_paired(contenders, TimingSettings(), CPU, mode)
+        time_paired(methods, TimingSettings(), CPU, mode)
 
 
 class SimulatedGpu:
@@ -315,7 +323,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimulatedGpu:
 def test_launch_gaps_do_not_show_in_an_eager_sample(gpu: SimulatedGpu) -> None:
     """Ten kernels of 0.1 ms, launched every 0.3 ms, take 1 ms and not 3: they queue behind a spin."""
     sampler = CudaSampler(torch.device("cuda"), "launch_rotated")
-    sampler.add(Contender("a", lambda: [gpu.kernel(0.1, host_cost=0.3) for _ in range(10)]))
+    sampler.add(TimedMethod("a", lambda: [gpu.kernel(0.1, host_cost=0.3) for _ in range(10)]))
     assert [sampler.sample("a") for _ in range(5)] == pytest.approx([1.0] * 5)
     assert sampler.host_bound() == []
 
@@ -328,10 +336,8 @@ def test_work_that_waits_for_the_device_is_named(gpu: SimulatedGpu) -> None:
         gpu.wait()
         gpu.kernel(0.1, host_cost=0.5)
 
-    contenders = [Contender("waits", waits), Contender("fine", lambda: gpu.kernel(0.1))]
-    times = time_paired(
-        contenders, TimingSettings(max_rounds=10), torch.device("cuda"), mode="launch_rotated"
-    )
+    methods = [TimedMethod("waits", waits), TimedMethod("fine", lambda: gpu.kernel(0.1))]
+    times = time_paired(methods, TimingSettings(max_rounds=10), torch.device("cuda"), mode="launch_rotated")
     assert times.notes == ("waits waits for the device, so launch gaps are in its time",)
     assert np.median(times.samples["waits"]) == pytest.approx(0.7, abs=0.02)
     assert np.median(times.samples["fine"]) == pytest.approx(0.1)
@@ -340,7 +346,7 @@ def test_work_that_waits_for_the_device_is_named(gpu: SimulatedGpu) -> None:
 def test_a_graph_is_timed_by_its_replay_and_per_unit(gpu: SimulatedGpu) -> None:
     """A captured call of four units takes its kernels' time over four, whatever launching costs."""
     sampler, notes = open_sampler(
-        [Contender("a", lambda: [gpu.kernel(0.2, host_cost=3.0) for _ in range(4)], calls=4)],
+        [TimedMethod("a", lambda: [gpu.kernel(0.2, host_cost=3.0) for _ in range(4)], calls=4)],
         torch.device("cuda"),
         "graph_rotated",
     )
@@ -362,8 +368,8 @@ def test_one_that_cannot_be_captured_sends_all_to_eager_launches_and_says_so(
         gpu.kernel(0.1)
         gpu.wait()
 
-    contenders = [Contender("fine", lambda: gpu.kernel(0.1)), Contender("waits", waits)]
-    sampler, notes = open_sampler(contenders, torch.device("cuda"), "graph_rotated")
+    methods = [TimedMethod("fine", lambda: gpu.kernel(0.1)), TimedMethod("waits", waits)]
+    sampler, notes = open_sampler(methods, torch.device("cuda"), "graph_rotated")
     assert sampler.mode == "launch_rotated"
     assert notes == [f"all launched eagerly, since waits cannot be captured in a CUDA graph: {reason}"]
     assert sampler.sample("fine") == pytest.approx(0.1)
@@ -371,22 +377,22 @@ def test_one_that_cannot_be_captured_sends_all_to_eager_launches_and_says_so(
 
 
 def test_graphs_that_do_not_fit_in_memory_send_all_to_eager_launches(gpu: SimulatedGpu) -> None:
-    """All rivals' graphs at once may be too much where one eager call at a time is not."""
+    """All methods' graphs at once may be too much where one eager call at a time is not."""
 
     def greedy() -> None:
         if gpu.capturing:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         gpu.kernel(0.1)
 
-    sampler, notes = open_sampler([Contender("greedy", greedy)], torch.device("cuda"), "graph_rotated")
+    sampler, notes = open_sampler([TimedMethod("greedy", greedy)], torch.device("cuda"), "graph_rotated")
     assert sampler.mode == "launch_rotated"
     assert "greedy: OutOfMemoryError: CUDA out of memory." in notes[0]
 
 
 def test_an_error_of_the_work_itself_is_not_taken_for_a_failed_capture(gpu: SimulatedGpu) -> None:
     """A call that raises on its own, before any capture, fails under its name in every mode."""
-    with pytest.raises(ContenderFailed, match="bad: KeyError"):
-        open_sampler([Contender("bad", lambda: {}["x"])], torch.device("cuda"), "graph_rotated")
+    with pytest.raises(MethodFailed, match="bad: KeyError"):
+        open_sampler([TimedMethod("bad", lambda: {}["x"])], torch.device("cuda"), "graph_rotated")
 
 
 def test_a_first_call_that_compiles_is_told_from_a_steady_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -398,4 +404,4 @@ def test_a_first_call_that_compiles_is_told_from_a_steady_one(monkeypatch: pytes
     def call() -> None:
         now[0] += next(durations)
 
-    assert launch.first_call_seconds(Contender("a", call), CPU) == pytest.approx((5.0, 0.2))
+    assert launch.first_call_seconds(TimedMethod("a", call), CPU) == pytest.approx((5.0, 0.2))

@@ -54,10 +54,10 @@ def test_the_kernels_are_timed_where_they_run() -> None:
 def test_each_runs(name: str) -> None:
     """Every benchmark of the CPU gets ready and does its work, twice, on memory of its own each time."""
     benchmark = benchmarks("cpu")[name]
-    for contender in (benchmark.open(CPU), benchmark.open(CPU)):
-        contender.call()
-        assert contender.name == name
-        assert contender.units >= 1
+    for method in (benchmark.open(CPU), benchmark.open(CPU)):
+        method.call()
+        assert method.name == name
+        assert method.units >= 1
 
 
 def test_make_bench_keeps_what_compare_and_history_read(tmp_path: Path) -> None:

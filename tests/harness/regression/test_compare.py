@@ -17,10 +17,12 @@ import pytest
 import moc
 from harness.errors import UserError
 from harness.regression.compare.checkouts import Child, Pair
+from harness.regression.compare.child import DEFINITIONS as DEFINITIONS_AT
 from harness.regression.compare.compare import compare, parse_injections
 from harness.regression.compare.sides import checked_out, find_side, find_sides
 
 MOC = str(Path(moc.__file__).parent)  # the referee needs its configuration
+# As a checkout from before the folders has them, by names of that time (see child.OLD_NAMES).
 # The work of a benchmark lasts as long as it says, give or take a permille that depends on the call alone.
 DEFINITIONS = """
 import itertools
@@ -28,6 +30,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from harness.measure import launch, selftest
+from harness.measure.ffn import TrainingCalls, ffn_weights, natural_tensors
+from harness.measure.launch import Contender, rotated_copies
+from harness.measure.roofline import decode_least_bytes
 from moc import UNITS
 
 
@@ -59,7 +64,7 @@ class Benchmark:
                 raise RuntimeError("no such kernel\\nat all")
             Clock.now += self.units * 10_000 * (1000 + next(calls) % 3)
 
-        return launch.Contender(self.name, work)
+        return Contender(self.name, work)
 
 
 def benchmarks(device):
@@ -134,7 +139,7 @@ def test_two_revisions(repository: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert outcomes["heavy"]["base_ms"] == pytest.approx(100, rel=0.01)
     assert outcomes["gone"]["note"] == "only base has it"
     assert outcomes["fresh"]["note"] == "only head has it"
-    assert outcomes["broken"]["note"] == "head: ContenderFailed: broken: RuntimeError: no such kernel"
+    assert outcomes["broken"]["note"] == "head: MethodFailed: broken: RuntimeError: no such kernel"
     assert outcomes["broken"]["failed"]
     assert not outcomes["gone"]["failed"]
     heading = summary.splitlines()[0]
@@ -159,6 +164,21 @@ def test_a_revision_against_itself(repository: Path, tmp_path: Path, monkeypatch
     assert "| heavy | 0 | 0 | 2 | 0 |" in summary
     assert [len(outcomes) for outcomes in found["runs"]] == [2] * 2
     assert found["runs"][0][1]["change"]["value"] == pytest.approx(0.1, abs=0.003)
+
+
+@pytest.mark.parametrize("place", DEFINITIONS_AT)
+def test_definitions_of_any_time_are_run(place: str, repository: Path, tmp_path: Path) -> None:
+    """In the place of today and in the former one, with today's name of what is timed or the former."""
+    source = (repository / "harness/benchmarks.py").read_text()
+    if place == DEFINITIONS_AT[0]:
+        source = source.replace("Contender", "TimedMethod")
+    write_checkout(tmp_path / "tree", {"steady": 10})
+    (tmp_path / "tree/harness/benchmarks.py").unlink()
+    (tmp_path / "tree" / place).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "tree" / place).write_text(source)
+    tree = str(tmp_path / "tree")
+    _code, found, _summary = run(tree, tree, tmp_path / "out")
+    assert [(outcome["name"], outcome["verdict"]) for outcome in found["runs"][0]] == [("steady", "SAME")]
 
 
 def test_what_cannot_be_run(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,6 +53,16 @@ def results(folder: Path, step_ms: Mapping[str, Sequence[float] | None], **envir
     return folder
 
 
+def test_half_a_line_of_a_killed_run_is_no_reason_to_give_up(tmp_path: Path) -> None:
+    """Environments are read as the store reads them: what a kill cut short is passed over."""
+    sides = [results(tmp_path / name, {"dense": times(1.0)}) for name in ("base", "head")]
+    with (sides[1] / "environments.jsonl").open("a") as file:
+        file.write('{"env_id": "f", "device')
+    outcomes, environment = compare_stored(*(find_side(str(side)) for side in sides))
+    assert [outcome.verdict for outcome in outcomes] == ["SAME"]
+    assert environment["env_id"] == "e"
+
+
 def bench_file(
     path: Path, medians_ms: Mapping[str, float], day: int = 1, seed: int = 0, **environment: Any
 ) -> Path:

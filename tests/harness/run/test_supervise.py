@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch._dynamo
 from rows import train_point
 
 from harness.run.supervise import Finished, Listener, run_job
+from harness.run.trial import RECOMPILE_LIMIT, set_process_options
 from harness.sweep.model import Limits, Measure, Timing
 from harness.sweep.point import Point
 from harness.workloads.job import Job
@@ -103,6 +105,16 @@ def test_somebody_elses_ffn_is_measured_beside_dense(group: dict[str, Finished])
         "dense": True,
         "rivals:good": True,
     }
+
+
+def test_the_limits_of_the_compiler_are_set_at_the_entry_of_a_trial() -> None:
+    """On a GPU a group may compile as many variants as it has; on a CPU nothing is compiled or set."""
+    names = ("recompile_limit", "accumulated_recompile_limit")
+    with torch._dynamo.config.patch(dict.fromkeys(names, 7)):
+        set_process_options("cpu")
+        assert [getattr(torch._dynamo.config, name) for name in names] == [7, 7]
+        set_process_options("cuda")
+        assert [getattr(torch._dynamo.config, name) for name in names] == [RECOMPILE_LIMIT] * 2
 
 
 def _belongs_to(pid: str, job_file: str) -> bool:

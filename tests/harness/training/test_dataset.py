@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from harness.measure.cache import cache_folder
 from harness.training.data import corpus as corpus_module
 from harness.training.data.corpus import spool
-from harness.training.data.dataset import default_cache_root, prepare, stats
+from harness.training.data.dataset import prepare, stats
 from harness.training.data.sources import SourceError, parse_source
 from harness.training.data.tokenizer import (
     END_OF_TEXT,
@@ -293,9 +294,9 @@ def test_stats_are_flat_and_name_the_data(corpus_file: Path, tmp_path: Path) -> 
 def test_cache_root_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """`MOCBENCH_CACHE` names the cache; without it, it is in the home folder's cache."""
     monkeypatch.setenv("MOCBENCH_CACHE", str(tmp_path))
-    assert default_cache_root() == tmp_path
+    assert cache_folder() == tmp_path
     monkeypatch.delenv("MOCBENCH_CACHE")
-    assert default_cache_root() == Path.home() / ".cache" / "mocbench"
+    assert cache_folder() == Path.home() / ".cache" / "mocbench"
 
 
 def test_wide_vocabularies_use_wide_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

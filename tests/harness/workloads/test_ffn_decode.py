@@ -6,11 +6,12 @@ import pytest
 import torch
 from test_ffn_train import Recorder, point
 
-from harness.measure import launch, roofline
+from harness.measure import ffn, launch, roofline
 from harness.sweep.model import Measure, Timing
 from harness.sweep.point import Point
 from harness.workloads import ffn_decode
 from harness.workloads.job import Job
+from harness.workloads.profiler_check import check_against_profiler
 from moc.config import FfnShape
 from moc.layers.int8 import quantize_rows
 from moc.methods import METHODS
@@ -115,7 +116,7 @@ def test_the_leanest_method_decides_the_rotation(
         asked.append(read_bytes)
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(ffn_decode, "rotated_copies", refuse)
+    monkeypatch.setattr(ffn, "rotated_copies", refuse)
     recorder, dense = Recorder(), decode("dense", batch=others[0].batch if others else 1)
     job = Job("s", "r", 1, (*others, dense), Measure(), "cpu", ".")
     with pytest.raises(torch.OutOfMemoryError):
@@ -160,7 +161,7 @@ def test_depth_is_refused() -> None:
 def test_the_profiler_check_needs_cuda() -> None:
     """Without kernels there is nothing to compare with."""
     with pytest.raises(ValueError, match="needs a CUDA device"):
-        ffn_decode.check_against_profiler(FfnShape(D, D_FFN), 1, "bf16", torch.device("cpu"))
+        check_against_profiler(FfnShape(D, D_FFN), 1, "bf16", torch.device("cpu"))
 
 
 def test_the_rotation_outgrows_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from harness.measure import launch, roofline
+from harness.measure.clocks import TimingConditions
 from harness.measure.ffn import natural_tensors
+from harness.measure.stats import Estimate
 from harness.sweep.metrics import METRICS, STATUSES
 from harness.sweep.model import Measure, Timing
 from harness.sweep.point import Point
@@ -32,11 +34,23 @@ class Recorder:
     def start(self, point: Point) -> None:
         self.events.append(("start", name_of(point)))
 
-    def measure(self, point: Point, metric: str, value: float | None, **row: Any) -> None:
+    def measure(
+        self,
+        point: Point,
+        metric: str,
+        number: Estimate | float,
+        *,
+        conditions: TimingConditions | None = None,
+        status: str = "ok",
+        detail: str = "",
+    ) -> None:
         assert metric in METRICS
-        assert row.get("status", "ok") in STATUSES
+        assert status in STATUSES
         assert metric not in self.rows.setdefault(name_of(point), {})
-        self.rows[name_of(point)][metric] = {"value": value, **row}
+        row = vars(number) if isinstance(number, Estimate) else {"value": number}
+        if conditions is not None:
+            row = {**row, "timing_mode": conditions.mode}
+        self.rows[name_of(point)][metric] = {**row, "status": status, "detail": detail}
         self.events.append(("measure", name_of(point)))
 
     def samples(

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from harness.errors import SpecError
 from harness.measure import launch
-from harness.measure.launch import Contender, CpuSampler
+from harness.measure.ffn import with_weights
+from harness.measure.launch import CpuSampler, TimedMethod
 from harness.run.plan import units
 from harness.sweep.grid import expand
 from harness.sweep.load import load_sweep, parse_sweep
@@ -21,7 +22,6 @@ from harness.sweep.support import unsupported_reason
 from harness.workloads import generate
 from harness.workloads.generate_gate import check_decoding, find_truth, relative_errors
 from harness.workloads.generate_model import ffn_tensors, model_on, random_weights
-from harness.workloads.group import with_weights
 from harness.workloads.job import Job
 from moc.config import LlamaConfig
 from moc.decoding import GreedyDecoder
@@ -68,8 +68,14 @@ def test_a_group_is_measured_whole(dtype: str) -> None:
     assert len(found.finished) == 4
     for name, rows in found.rows.items():
         assert set(rows) == {
-            *("latency_ms", "time_to_first_token_ms", "tokens_per_s", "speedup_vs_best_dense", "compile_s"),
-            *("max_rel_err", "logits_rel_err", "peak_rss_over_start_bytes"),
+            "latency_ms",
+            "time_to_first_token_ms",
+            "tokens_per_s",
+            "speedup_vs_best_dense",
+            "compile_s",
+            "max_rel_err",
+            "logits_rel_err",
+            "peak_rss_over_start_bytes",
         }
         assert rows["tokens_per_s"]["value"] == pytest.approx(BATCH * 1e3 / rows["latency_ms"]["value"])
         assert rows["logits_rel_err"]["n_samples"] == BATCH * (NEW + 1)
@@ -254,14 +260,12 @@ def test_a_repeated_call_is_prepared_once_and_timed_per_run() -> None:
     """A sample of a loop runs `prepare` once and `call` as often as said; its time is that of one run."""
     done: list[str] = []
     sampler = CpuSampler()
-    contender = Contender(
-        "a", lambda: done.append("call"), lambda: done.append("prepare"), calls=2, repeats=5
-    )
-    sampler.add(contender)
+    method = TimedMethod("a", lambda: done.append("call"), lambda: done.append("prepare"), calls=2, repeats=5)
+    sampler.add(method)
     done.clear()
     sampler.sample("a")
     assert done == ["prepare", *["call"] * 5]
-    assert contender.units == 10
+    assert method.units == 10
 
 
 SWEEP = """\
@@ -278,7 +282,7 @@ fixed: {seq_len: 16, dtype: fp32}
 
 
 def test_a_sweep_of_it_becomes_groups_of_whole_models() -> None:
-    """Points have the preset's depth, heads and the default vocabulary; rivals share a process."""
+    """Points have the preset's depth, heads and the default vocabulary; methods share a process."""
     part = parse_sweep(SWEEP, "s.yaml").parts[0]
     points = expand(part)
     assert len(points) == 2 * 2 * 3
@@ -295,7 +299,7 @@ def test_a_sweep_of_it_needs_a_prompt_length() -> None:
 
 @pytest.mark.parametrize("name", ["generate_h100", "generate_quick"])
 def test_the_sweeps_that_come_with_it_are_valid(name: str, request: pytest.FixtureRequest) -> None:
-    """Every point of the shipped sweeps can be expanded, and each group has a dense rival."""
+    """Every point of the shipped sweeps can be expanded, and each group has a dense method."""
     sweep = load_sweep(request.config.rootpath / "sweeps" / f"{name}.yaml")
     for part in sweep.parts:
         points = expand(part)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from harness.measure.stats import Estimate
 from harness.sweep.metrics import METRICS
 from harness.sweep.model import Measure
 from harness.sweep.point import Point
@@ -47,11 +48,11 @@ class FakeReporter:
         """See `Reporter`."""
         self.started.append(point)
 
-    def measure(self, point: Point, metric: str, value: float | None, **more: Any) -> None:
+    def measure(self, point: Point, metric: str, number: Estimate | float, **more: Any) -> None:
         """See `Reporter`."""
         assert metric in METRICS
         assert metric not in self.rows
-        self.rows[metric] = {"value": value, **more}
+        self.rows[metric] = {**(vars(number) if isinstance(number, Estimate) else {"value": number}), **more}
 
     def samples(
         self, point: Point, metric: str, values: Sequence[float], x: Sequence[float] | None = None
@@ -258,7 +259,7 @@ def test_incomplete_jobs_are_refused(source: str, tmp_path: Path) -> None:
 def test_killed_point_goes_on_from_its_checkpoint(source: str, tmp_path: Path) -> None:
     """After a kill, the next attempt trains only what was missing and reports what an unbroken one does."""
     whole = run(source, tmp_path)
-    settings = Measure(checkpoint_seconds=0.0)
+    settings = Measure(checkpoint_seconds=1e-9)
 
     class Killed(Exception):
         pass
