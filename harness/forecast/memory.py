@@ -100,7 +100,7 @@ def saved_by_formula(method: Method, point: Point) -> float | None:
     """Bytes per token that one layer saves by the method's own formula; None if it has none."""
     if method.saved_bytes_per_token is None:
         return None
-    k = point.k if method.takes_selection else point.d_ffn
+    k = point.k if method.takes_selection and point.k is not None else point.d_ffn
     shape = FfnShape(point.d_model, point.d_ffn)
     return float(method.saved_bytes_per_token(shape, k, ITEM_SIZE[point.dtype]))
 

@@ -275,7 +275,7 @@ def _line(
         **assignment,
         **{
             "k": point.k,
-            "k_pct": 100 * point.k / point.d_ffn,
+            "k_pct": 100 * (point.k_frac or math.nan),
             "method": point.method,
             "point_key": point.key,
         },

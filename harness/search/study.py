@@ -7,7 +7,6 @@ fail with more than one worker.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import warnings
@@ -26,19 +25,6 @@ from harness.sweep.catalog import PEAK, PEAK_METRIC, WORKLOADS
 from harness.sweep.metrics import METRICS
 from harness.sweep.model import Objective, Optimize, Part, Sweep, part_name, sweep_text
 from harness.sweep.point import Point
-
-_ATTRIBUTES = (
-    "workload",
-    "method",
-    "selection",
-    "k",
-    "k_frac",
-    "preset",
-    "batch",
-    "seq_len",
-    "dtype",
-    "seed",
-)
 
 
 def objectives(part: Part, device: str) -> list[Objective]:
@@ -220,10 +206,8 @@ def _is_measured_at_last(rows: Sequence[Row], shown: str) -> bool:
 
 def attributes(point: Point) -> dict[str, Any]:
     """The flat attributes of a point's trial."""
-    values = {**point.to_dict(), "selection": point.selection or "none"}
-    with contextlib.suppress(ValueError):  # the rule does not fit this width: the point will be `unsupported`
-        values |= {"k": point.k, "k_frac": round(point.k / point.d_ffn, 4)}
-    return {"point_key": point.key, **{name: values.get(name) for name in _ATTRIBUTES}}
+    known = {name: value for name, value in point.columns.items() if value is not None}
+    return {"point_key": point.key, "selection": "none", **known}
 
 
 def write_note(trial: Trial, point: Point, rows: Sequence[Row], status: str, detail: str) -> None:

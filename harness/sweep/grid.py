@@ -141,7 +141,7 @@ def assignment_of(
     found: dict[str, AxisValue] = {}
     for name, axis in part.axes.items():
         if name == "k_frac":
-            value: Any = None if point.rule is None else point.k / point.d_ffn
+            value: Any = None if point.rule is None else point.k_frac
         else:
             value = given.get(name)
         if isinstance(axis, Range):

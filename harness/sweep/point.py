@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from harness.sweep.catalog import FIELDS
 from moc.selection import Selection, parse_selection
 
 SCHEMA_VERSION = 1
@@ -53,9 +54,22 @@ class Point:
         return None if self.selection is None else parse_selection(self.selection)  # which keeps a cache
 
     @property
-    def k(self) -> int:
-        """Channels kept per token: all for dense methods. Raises ValueError if the rule does not fit."""
-        return self.d_ffn if self.rule is None else self.rule.k(self.d_ffn)
+    def k(self) -> int | None:
+        """Channels kept per token, all for dense methods; None if the rule does not fit the width."""
+        try:
+            return self.d_ffn if self.rule is None else self.rule.k(self.d_ffn)
+        except ValueError:
+            return None
+
+    @property
+    def k_frac(self) -> float | None:
+        """Share of the channels that is kept."""
+        return None if self.k is None else self.k / self.d_ffn
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """The value of each of `harness.sweep.catalog.FIELDS`."""
+        return {field.name: getattr(self, field.name) for field in FIELDS}
 
     @property
     def key(self) -> str:
@@ -65,7 +79,7 @@ class Point:
 
     @property
     def group_key(self) -> tuple[Any, ...]:
-        """What rivals of one comparison share: everything but method and selection."""
+        """What the methods of one comparison share: everything but method and selection."""
         values = dataclasses.asdict(self)
         return tuple(value for name, value in values.items() if name not in ("method", "selection"))
 

@@ -10,7 +10,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
-from harness.sweep.catalog import FIELDS, WORKLOADS
+from harness.sweep.catalog import WORKLOADS
 from harness.sweep.metrics import METRICS, STATUSES
 from harness.sweep.point import SCHEMA_VERSION, Point
 from harness.workloads import events
@@ -192,5 +192,5 @@ def point_columns(job: Job, point: Point) -> dict[str, Any]:
         "point_key": point.key,
         "run_id": job.run_id,
         "attempt": job.attempt,
-        **{field.name: getattr(point, field.name) for field in FIELDS},
+        **point.columns,
     }

@@ -81,10 +81,11 @@ def test_a_group_without_a_supported_point_starts_no_process(tmp_path: Path) -> 
 
 
 def test_the_rule_and_k_of_a_point() -> None:
-    """The parsed selection, and the channels it keeps; dense keeps all of them."""
+    """The parsed selection, and the channels it keeps: dense keeps all, a rule that does not fit none."""
     assert train_point().rule is None
     assert train_point().k == 384
     assert str(train_point("moc_reference", "topk:0.25").rule) == "topk:0.25"
     assert train_point("moc_reference", "topk:0.25").k == 96
-    with pytest.raises(ValueError, match="K=999 exceeds"):
-        _ = train_point("moc_reference", "topk:999").k
+    assert train_point("moc_reference", "topk:0.25").k_frac == 0.25
+    unfit = train_point("moc_reference", "topk:999")
+    assert (unfit.k, unfit.k_frac) == (None, None)
