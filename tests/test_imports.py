@@ -24,7 +24,7 @@ NEVER: dict[str, tuple[str, ...]] = {
 # A library, and the only modules that import it.
 ONLY: dict[str, tuple[str, ...]] = {
     "optuna": ("harness.search", "harness.dashboard"),
-    "optuna_dashboard": ("harness.dashboard",),
+    "optuna_dashboard": ("harness.search", "harness.dashboard"),
     "matplotlib": ("harness.report.plots",),
     "seaborn": ("harness.report.plots",),
     "harness.cli": ("harness.__main__", "harness.regression.budget.startup"),
