@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.lines import Line2D
 
 from harness.errors import UserError
 from harness.measure.stats import median
 from harness.regression.compare.stored import RECORD
 from harness.regression.compare.verdict import RULES
-from harness.report.plots.style import Board
+from harness.report.plots.style import Board, handle
 
 MIN_LEVEL = 2  # runs
 # Least scatter that is assumed of a run's median, as a share; a series may be smoother by chance.
@@ -183,8 +182,8 @@ def _plot(runs: Sequence[BenchRun], changes: Sequence[ChangePoint], path: Path) 
         marked = x[:: max(1, len(x) // 6)]
         axes.set_xticks(marked, [runs[place].revision for place in marked], rotation=30, fontsize=7)
     if changes:
-        board.legend(Line2D([], [], color="#D55E00"), "slower from here on")
-        board.legend(Line2D([], [], color="#009E73"), "faster from here on")
+        board.legend(handle(color="#D55E00"), "slower from here on")
+        board.legend(handle(color="#009E73"), "faster from here on")
     slower = sum(change.share > 0 for change in changes)
     title = f"Changes over {len(runs)} runs: {slower} for the worse, {len(changes) - slower} for the better"
     environment = runs[-1].environment

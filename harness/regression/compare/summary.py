@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from matplotlib.lines import Line2D
 
 from harness.measure.stats import Verdict
 from harness.regression.compare.checkouts import Compared
 from harness.regression.compare.verdict import RULES
-from harness.report.plots.style import Board
+from harness.report.plots.style import Board, handle
 
 EXIT_FAILED, EXIT_SLOW = 1, 3
 VERDICTS: tuple[Verdict, ...] = ("SAME", "FAST", "SLOW", "AMBG")
@@ -141,7 +140,7 @@ def _plot(comparison: Comparison, outcomes: Sequence[Compared], path: Path) -> N
         }
         bar = None if math.isnan(change.low) else [[100 * end for end in side] for side in ends]
         axes.errorbar(100 * change.value, place, xerr=bar, capsize=3, **style)
-        board.legend(Line2D([], [], **style), outcome.verdict)
+        board.legend(handle(**style), outcome.verdict)
     axes.set_yticks(range(len(outcomes)), [outcome.name for outcome in outcomes])
     axes.invert_yaxis()
     environment = comparison.environment

@@ -7,13 +7,12 @@ from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from harness.report import wording
 from harness.report.crossover import independent_union
 from harness.report.plots.panels import interval, one_size_each, series_of, with_k
-from harness.report.plots.style import Board, Plot, line_handle, look, subject_of
+from harness.report.plots.style import Board, Plot, line_handle, look, subject_of, handle
 from harness.report.plots.titles import ratio_note
 from harness.report.summary import lead_series
 from harness.report.tables import Tables
@@ -89,7 +88,7 @@ def _unions(board: Board, axes: Axes, known: pd.DataFrame, union: pd.DataFrame, 
     x = [batches[-1] ** (step / 40) for step in range(41)]
     for k_frac in sorted(set(known["k_frac"])):
         axes.plot(x, [100 * independent_union(k_frac, batch) for batch in x], **_CHANCE)
-    board.legend(Line2D([], [], **_CHANCE), "independent choices")
+    board.legend(handle(**_CHANCE), "independent choices")
     for (_, selection, family), curve in union.groupby(["preset", "selection", "family"], sort=False):
         if selection in set(known["selection"]):
             style = look("moc", str(family), dense=False)

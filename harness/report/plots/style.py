@@ -255,11 +255,16 @@ class Board:
         return Plot(path.stem.partition("-")[0], path, title, self._subject)
 
 
+def handle(**style: Any) -> Line2D:
+    """Legend handle with the given properties of a line or a marker."""
+    return Line2D([], [], **style)
+
+
 def line_handle(style: Look, **changes: Any) -> Line2D:
     """Legend handle of a series: a line with markers, or a plain line for a dense method."""
     if not style.marker and not changes:
-        return Line2D([], [], color=style.color, linestyle=style.line, linewidth=1.8)
-    return Line2D([], [], **style.marks(**changes))
+        return handle(color=style.color, linestyle=style.line, linewidth=1.8)
+    return handle(**style.marks(**changes))
 
 
 def _wrapped_at_commas(title: str, width: int) -> str:

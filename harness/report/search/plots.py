@@ -10,10 +10,9 @@ from typing import Any, Literal
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from harness.report.plots.style import Board, Look, Mark, Plot, Subject, line_handle, look
+from harness.report.plots.style import Board, Look, Mark, Plot, Subject, line_handle, look, handle
 from harness.report.points import family, is_dense
 from harness.report.search.words import View, front_title, history_title, views_of
 from harness.search.outcome import Search
@@ -99,7 +98,7 @@ def _front_panel(board: Board, axes: Axes, search: Search, up: View, across: Vie
     for _, line in search.baselines.iterrows():
         black = _marks(_look(line), color="#111111")
         _point(axes, line, up, across, {"zorder": 4, **black})
-        board.legend(Line2D([], [], **black), f"{_look(line).label}, baseline of a shape")
+        board.legend(handle(**black), f"{_look(line).label}, baseline of a shape")
     lines = pd.concat([search.measured, search.baselines.assign(on_front=False)])
     lines = lines.sort_values("on_front", ascending=False, kind="stable")
     board.label(axes, [_mark(line, up, across) for _, line in lines.iterrows()])
@@ -145,12 +144,12 @@ def history_plot(search: Search, caption: str, path: Path) -> Plot:
         if not lost.empty:
             floor = axes.get_xaxis_transform()  # x in trials, y in parts of the panel
             axes.plot(lost, [0.03] * len(lost), "x", color=_LOST, transform=floor, clip_on=False)
-            board.legend(Line2D([], [], color=_LOST, marker="x", linestyle=""), "no result within the limits")
+            board.legend(handle(color=_LOST, marker="x", linestyle=""), "no result within the limits")
         axes.set_xlim(0.5, len(trials) + 0.5)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylabel(view.axis.replace(", ", ",\n"))
         _thousands(axes.yaxis, view)
-    board.legend(Line2D([], [], color="black", linewidth=1.6), "best so far")
+    board.legend(handle(color="black", linewidth=1.6), "best so far")
     return board.save(path, history_title(search), caption, x="trial, in the order of measuring")
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from synthetic_rows import CPU, around, frame, point
+from rows import CPU, around, frame, point
 from typer.testing import CliRunner
 
 from harness.cli import app, crossover

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from synthetic_rows import (
+from rows import (
     CPU,
     GPU,
     around,

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from matplotlib.axes import Axes
 from PIL import Image
-from synthetic_rows import CPU, around, curves, frame, gpu_rows, point, quality, quick_rows
+from rows import CPU, around, curves, frame, gpu_rows, point, quality, quick_rows
 
 from harness.report.plots.draw import draw_plots
 from harness.report.plots.style import Board, Look, Mark, Plot, look

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from synthetic_rows import CPU, GPU, curves, frame, gpu_rows, point, quality, write_results
+from rows import CPU, GPU, curves, frame, gpu_rows, point, quality, write_results
 from typer.testing import CliRunner
 
 import harness.report.tables
