@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-
 from harness.measure.stats import Verdict
 from harness.regression.compare.checkouts import Compared
 from harness.regression.compare.verdict import RULES

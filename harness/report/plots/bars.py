@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.ticker import EngFormatter
 
 from harness.report import wording
-from harness.report.plots.style import Board, Plot, line_handle, look, subject_of
+from harness.report.plots.style import Board, Plot, line_handle, look, subject_of, thousands
 from harness.report.plots.titles import ratio_note, saved_title, speedup_title, step_title
 
 _CONDITIONS = ("tokens", "seq_len", "dtype", "timing_mode")
@@ -100,7 +99,7 @@ def horizontal_bars(
             words = f"{line[metric]:,.0f}" if metric.startswith("saved") else wording.number(line[metric])
             axes.annotate(words, (end, at), (4, 0), textcoords="offset points", va="center", fontsize=8)
         axes.set_xlim(0, longest * 1.22)
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        thousands(axes.xaxis)
         _rows_of(axes, labels, named=number % columns == 0)
     return board.save(path, title(known), caption, x=x_name, note=note)
 

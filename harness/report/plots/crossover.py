@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from harness.report import wording
 from harness.report.crossover import independent_union
 from harness.report.plots.panels import interval, one_size_each, series_of, with_k
-from harness.report.plots.style import Board, Plot, line_handle, look, subject_of, handle
+from harness.report.plots.style import Board, Plot, handle, line_handle, look, subject_of
 from harness.report.plots.titles import ratio_note
 from harness.report.summary import lead_series
 from harness.report.tables import Tables

@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.ticker import EngFormatter, NullLocator
+from matplotlib.ticker import NullLocator
 
 from harness.report import wording
 from harness.report.plots.panels import (
@@ -26,7 +26,7 @@ from harness.report.plots.panels import (
     series_of,
     with_k,
 )
-from harness.report.plots.style import Board, Look, Mark, Plot, line_handle, subject_of
+from harness.report.plots.style import Board, Look, Mark, Plot, line_handle, subject_of, thousands
 from harness.report.plots.titles import k_title, pareto_title, scaling_title
 from harness.report.points import cell_ids
 from harness.report.summary import SEEDS_FOR_INTERVAL
@@ -104,7 +104,7 @@ def against_k(
         if amounts:
             axes.set_ylim(0, _top(part, metric) / scale * 1.08)
         if metric == "tokens_per_s":
-            axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+            thousands(axes.yaxis)
     title = k_title(known, metric)
     return board.save(path, title, caption, x=_K_AXIS, y=y_name, note=_note(known, metric, singles=True))
 
@@ -228,7 +228,7 @@ def scaling(summary: pd.DataFrame, caption: str, path: Path) -> Plot | None:
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlim(lengths[0] / 1.25, lengths[-1] * 1.25)
         axes.set_ylim(0, _top(part, "tokens_per_s") * 1.08)
-        axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+        thousands(axes.yaxis)
     note = f"{held} held still. " + _note(shown, "tokens_per_s")
     title = scaling_title(summary)
     return board.save(path, title, caption, x="sequence length (tokens)", y="tokens/s trained", note=note)

@@ -20,9 +20,11 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter, MaxNLocator
 from PIL import Image
 
 from harness.report.wording import series_label
@@ -253,6 +255,16 @@ class Board:
             named = {name: text for name, text in texts.items() if text}
             figure.savefig(path, metadata={"Software": _SOFTWARE, **named})
         return Plot(path.stem.partition("-")[0], path, title, self._subject)
+
+
+def thousands(axis: Axis) -> None:
+    """Write ticks with a prefix: 200k."""
+    axis.set_major_formatter(EngFormatter(sep=""))
+
+
+def whole_numbers(axis: Axis) -> None:
+    """Put ticks at whole numbers only."""
+    axis.set_major_locator(MaxNLocator(integer=True))
 
 
 def handle(**style: Any) -> Line2D:

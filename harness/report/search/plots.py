@@ -8,11 +8,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.axis import Axis
-from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from harness.report.plots.style import Board, Look, Mark, Plot, Subject, line_handle, look, handle
+from harness.report.plots.style import (
+    Axes,
+    Board,
+    Look,
+    Mark,
+    Plot,
+    Subject,
+    handle,
+    line_handle,
+    look,
+    thousands,
+    whole_numbers,
+)
 from harness.report.points import family, is_dense
 from harness.report.search.words import View, front_title, history_title, views_of
 from harness.search.outcome import Search
@@ -49,11 +58,6 @@ def _marks(style: Look, **changes: Any) -> dict[str, Any]:
         return style.marks(**{"linestyle": "", "markersize": 6, **changes})
     hexagon = {"marker": "h", "markersize": 9, "linestyle": "", "markeredgecolor": "white"}
     return {"color": style.color, **hexagon, **changes}
-
-
-def _thousands(axis: Axis, view: View) -> None:
-    if view.metric == "tokens_per_s":
-        axis.set_major_formatter(EngFormatter(sep=""))
 
 
 def front_plot(search: Search, caption: str, path: Path) -> Plot:
@@ -103,8 +107,9 @@ def _front_panel(board: Board, axes: Axes, search: Search, up: View, across: Vie
     lines = lines.sort_values("on_front", ascending=False, kind="stable")
     board.label(axes, [_mark(line, up, across) for _, line in lines.iterrows()])
     axes.margins(0.07, 0.08)
-    _thousands(axes.xaxis, across)
-    _thousands(axes.yaxis, up)
+    for axis, view in ((axes.xaxis, across), (axes.yaxis, up)):
+        if view.metric == "tokens_per_s":
+            thousands(axis)
 
 
 def _point(axes: Axes, line: pd.Series, up: View, across: View, marks: dict[str, Any]) -> None:
@@ -146,9 +151,10 @@ def history_plot(search: Search, caption: str, path: Path) -> Plot:
             axes.plot(lost, [0.03] * len(lost), "x", color=_LOST, transform=floor, clip_on=False)
             board.legend(handle(color=_LOST, marker="x", linestyle=""), "no result within the limits")
         axes.set_xlim(0.5, len(trials) + 0.5)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        whole_numbers(axes.xaxis)
         axes.set_ylabel(view.axis.replace(", ", ",\n"))
-        _thousands(axes.yaxis, view)
+        if view.metric == "tokens_per_s":
+            thousands(axes.yaxis)
     board.legend(handle(color="black", linewidth=1.6), "best so far")
     return board.save(path, history_title(search), caption, x="trial, in the order of measuring")
 
