@@ -6,44 +6,39 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import pandas as pd
 
 from harness.report import wording
 from harness.report.summary import failures
+from harness.sweep.catalog import FIELDS
 
 # A column that is the same on every line of a table says nothing and is left out, except these.
-_ALWAYS = ("preset", "seq_len", "method", "selection", "k_pct")
+_ALWAYS = ("seq_len",)
+_IN_MODEL = ("workload", "preset", "d_model", "d_ffn", "n_layers", "n_heads")  # the model says these
 _DETAIL_CHARACTERS = 200
 
 _Cell = Callable[[pd.Series], str]
 
 
-def _keys(table: pd.DataFrame, names: tuple[str, ...]) -> dict[str, _Cell]:
+def _keys(table: pd.DataFrame) -> dict[str, _Cell]:
     """Columns that say which point a line is, leaving out those that never change."""
-    forms: dict[str, tuple[str, _Cell]] = {
-        "preset": ("model", lambda line: wording.cell_label(line)),
-        "shape": ("d / d_ffn", lambda line: f"{line['d_model']:.0f} / {line['d_ffn']:.0f}"),
-        "seq_len": ("seq_len", lambda line: f"{line['seq_len']:.0f}"),
-        "batch": ("batch", lambda line: f"{line['batch']:.0f}"),
-        "tokens": ("tokens/step", lambda line: f"{line['tokens']:,.0f}"),
-        "dtype": ("dtype", lambda line: str(line["dtype"])),
-        "timing_mode": ("timing", lambda line: str(line["timing_mode"])),
-        "train_tokens": ("trained on", lambda line: wording.tokens(line["train_tokens"])),
-        "vocab_size": ("vocabulary", lambda line: f"{line['vocab_size']:,.0f}"),
-        "lr": ("lr", lambda line: f"{line['lr']:g}"),
-        "data_id": ("data", lambda line: str(line["data_id"])[:8]),
-        "method": ("method", lambda line: str(line["method"])),
-        "selection": ("selection", lambda line: str(line["selection"] or wording.DASH)),
-        "k_pct": ("K %", lambda line: f"{line['k_pct']:.4g}"),
-        "seeds": ("seeds", lambda line: f"{line['seeds']:.0f}"),
+    columns: dict[str, _Cell] = {"model": lambda line: wording.cell_label(line)}
+    for field in (field for field in FIELDS if field.in_cell and field.name not in _IN_MODEL):
+        if field.name in _ALWAYS or table[field.name].nunique(dropna=False) > 1:
+            columns[field.heading] = partial(wording.field_value, field)
+    columns |= {
+        "method": lambda line: str(line["method"]),
+        "selection": lambda line: str(line["selection"] or wording.DASH),
+        "K %": lambda line: wording.number(line["k_pct"], 4),
     }
-    columns = {}
-    for name in names:
-        changes = name == "shape" or table[name].nunique(dropna=False) > 1
-        if name in _ALWAYS or changes:
-            columns[forms[name][0]] = forms[name][1]
     return columns
+
+
+def _seeds(summary: pd.DataFrame) -> dict[str, _Cell]:
+    changes = summary["seeds"].nunique() > 1
+    return {"seeds": lambda line: f"{line['seeds']:.0f}"} if changes else {}
 
 
 def _build(table: pd.DataFrame, columns: dict[str, _Cell]) -> pd.DataFrame:
@@ -79,23 +74,7 @@ def _signed(places: int) -> Callable[[float], str]:
 
 def headline_for_people(headline: pd.DataFrame) -> pd.DataFrame:
     """`harness.report.summary.headline_table` as text; columns that say nothing are left out."""
-    names = (
-        "preset",
-        "seq_len",
-        "tokens",
-        "batch",
-        "dtype",
-        "timing_mode",
-        "train_tokens",
-        "vocab_size",
-        "lr",
-        "data_id",
-        "method",
-        "selection",
-        "k_pct",
-        "seeds",
-    )
-    columns = _keys(headline, names)
+    columns = {**_keys(headline), **_seeds(headline)}
     columns |= {
         "tokens/s": _value("tokens_per_s", _digits(4)),
         "x best dense": _value("x_best_dense", wording.ratio),
@@ -113,24 +92,8 @@ def workload_table(summary: pd.DataFrame) -> pd.DataFrame:
     """Every measured point of one workload (lines of `harness.report.summary.summarise`), misaligned ones
     flagged.
     """
-    names = (
-        "preset",
-        "shape",
-        "seq_len",
-        "batch",
-        "tokens",
-        "dtype",
-        "timing_mode",
-        "train_tokens",
-        "vocab_size",
-        "lr",
-        "data_id",
-        "method",
-        "selection",
-        "k_pct",
-        "seeds",
-    )
-    columns = _keys(summary, names)
+    shape: dict[str, _Cell] = {"d / d_ffn": lambda line: f"{line['d_model']:.0f} / {line['d_ffn']:.0f}"}
+    columns = {**shape, **_keys(summary), **_seeds(summary)}
     columns |= {
         "forward ms": _value("forward_ms", _digits(3)),
         "backward ms": _value("backward_ms", _digits(3)),
@@ -183,8 +146,7 @@ def memory_formula_table(checked: pd.DataFrame) -> pd.DataFrame:
 def failure_table(points: pd.DataFrame) -> pd.DataFrame:
     """The points without a measurement: which, how they ended and why (first characters of the reason)."""
     failed = failures(points)
-    names = ("preset", "seq_len", "batch", "tokens", "dtype", "method", "selection", "k_pct")
-    columns = {"workload": lambda line: str(line["workload"]), **_keys(failed, names)}
+    columns = {"workload": lambda line: str(line["workload"]), **_keys(failed)}
     columns |= {
         "seed": lambda line: f"{line['seed']:.0f}",
         "status": lambda line: str(line["status"]),

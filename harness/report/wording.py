@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 import pandas as pd
 
+from harness.sweep.catalog import FIELD, Field
+
 MINUS = "\N{MINUS SIGN}"
 DASH = "\N{EN DASH}"
 SEED_NOISE = "about 0.02 nats"  # standard deviation over eight seeds at 60m and 30M tokens: docs/measured.md
@@ -109,21 +111,26 @@ def series_label(method: str, rule: str) -> str:
     return f"{method.rpartition('.')[2]} {rule}".strip()
 
 
+def field_value(field: Field, line: pd.Series) -> str:
+    """A field of a point as people read it, by its `form`; a dash if the point does not have it."""
+    value = line[field.name]
+    if pd.isna(value) or value == "":
+        return DASH
+    if field.form == "count":
+        return f"{value:,.0f}"
+    if field.form == "tokens":
+        return tokens(value)
+    if field.form == "number":
+        return f"{value:g}"
+    return str(value)[:8] if field.form == "hash" else str(value)
+
+
 def cell_label(line: pd.Series, varying: Sequence[str] = (), *, shape: bool = False) -> str:
     """What a cell is called: `60m, seq 256`; `varying` names what else to say, `shape` adds d and d_ffn."""
     widths = f"{line['d_model']:.0f}/{line['d_ffn']:.0f}"
     preset = line["preset"] if isinstance(line["preset"], str) else ""
     parts = [f"{preset} ({widths})" if preset and shape else preset or widths]
-    for name in varying:
-        value = line[name]
-        if name == "tokens":
-            parts.append(f"{value:,.0f} tokens")
-        elif name == "train_tokens":
-            parts.append(f"trained on {tokens(value)}")
-        elif isinstance(value, str):
-            parts.append(value[:12])
-        else:
-            parts.append(f"{'seq' if name == 'seq_len' else name} {value:g}")
+    parts += [FIELD[name].phrase.format(field_value(FIELD[name], line)) for name in varying]
     return ", ".join(parts)
 
 

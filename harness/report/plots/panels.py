@@ -11,9 +11,10 @@ from matplotlib.axes import Axes
 from harness.report import wording
 from harness.report.plots.style import Board, Look, look, subject_of
 from harness.report.summary import nearest_to_default
+from harness.sweep.catalog import FIELDS
 
 # A panel title names these where they differ between panels; the batch only if the length does not fix it.
-CONDITIONS = ("seq_len", "batch", "dtype", "train_tokens", "vocab_size", "lr", "data_id")
+CONDITIONS = tuple(field.name for field in FIELDS if field.in_title)
 
 
 def panels(summary: pd.DataFrame, conditions: Sequence[str] = CONDITIONS) -> dict[str, str]:
