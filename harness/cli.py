@@ -10,15 +10,16 @@ import enum
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from harness.errors import UserError
-from harness.sweep.load import load_sweep
-from harness.sweep.model import Sweep
+
+if TYPE_CHECKING:
+    from harness.sweep.model import Sweep
 
 app = typer.Typer(
     help="Benchmark and ablation harness: Mixture-of-Channels against dense SwiGLU.",
@@ -385,6 +386,8 @@ def _device(device: Device) -> str:
 
 
 def _load(sweep: Path | None, device: str, data: str | None) -> tuple[Path, Sweep]:
+    from harness.sweep.load import load_sweep
+
     path = sweep or (FIRST_GPU if device == "cuda" else QUICK)
     model = load_sweep(path)
     return path, model if data is None else model.model_copy(update={"data": data})

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 BYTES = {"fp16": 2, "bf16": 2, "fp32": 4, "fp64": 8}  # of a number; what operators in plain PyTorch take
 KERNEL_DTYPES = ("bf16", "fp16", "fp32")  # what the Triton kernels for training, and of the loss, take
 DECODE_DTYPES = ("bf16", "fp16")  # what the Triton kernels for decoding take
+FP8_ROUNDOFF = 2.0**-4  # of float8_e4m3fn, in which activations may be kept: three mantissa bits
 
 _IN_TORCH = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 

@@ -19,28 +19,20 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
-
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from moc.config import FfnShape, near_miss
-from moc.dtypes import BYTES, DECODE_DTYPES, KERNEL_DTYPES
-from moc.layers.dense import DenseFFN, DenseGuFFN, FusedFFN, LigerFFN, RecomputeFFN
-from moc.layers.fp8 import FP8_ROUNDOFF, Fp8FFN
-from moc.layers.int8 import Int8FFN, dense_int8_reference, moc_int8_reference
-from moc.layers.moc import ActPruneFFN, MoCFFN, TritonMoCFFN
-from moc.ops.compact import n_words
-from moc.ops.triton_ffn import backward_scratch_bytes
-from moc.reference import (
-    FfnGrads,
-    act_prune_forward_backward,
-    dense_forward_backward,
-    moc_forward_backward,
-)
-from moc.selection import Selection, required
+from moc.dtypes import BYTES, DECODE_DTYPES, FP8_ROUNDOFF, KERNEL_DTYPES
+from moc.selection import Selection, n_words, required
 
-Reference = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, "Selection | None"], FfnGrads]
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from moc.reference import FfnGrads
+
+Reference = Callable[
+    ["Tensor", "Tensor", "Tensor", "Tensor", "Tensor", "Selection | None"], "FfnGrads"
+]  # x, w_gate, w_up, w_down, dy, selection
 
 
 def _wide_row_bytes(d_model: int, itemsize: int) -> int:
@@ -166,22 +158,24 @@ def _attribute(name: str, module_name: str, attribute: str) -> object:
     return found
 
 
-def _dense_reference(
-    x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, dy: Tensor, _selection: Selection | None
-) -> FfnGrads:
-    return dense_forward_backward(x, w_gate, w_up, w_down, dy)
+def _later(name: str, **fixed: Any) -> Callable[..., Any]:
+    """What `package.module:attribute` names, imported when it is called: the registry loads no PyTorch."""
+    module, _, attribute = name.partition(":")
+
+    def call(*args: Any) -> Any:
+        return getattr(importlib.import_module(module), attribute)(*args, **fixed)
+
+    return call
 
 
-def _moc_reference(
-    x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, dy: Tensor, selection: Selection | None
-) -> FfnGrads:
-    return moc_forward_backward(x, w_gate, w_up, w_down, dy, required(selection))
+def _reference(name: str, *, selects: bool = True) -> Reference:
+    """A function of `moc.reference` as the truth of a method; one that `selects` takes a selection."""
+    function = _later(f"moc.reference:{name}")
+    return lambda *tensors: function(*tensors[:5], *([required(tensors[5])] if selects else []))
 
 
-def _act_prune_reference(
-    x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, dy: Tensor, selection: Selection | None
-) -> FfnGrads:
-    return act_prune_forward_backward(x, w_gate, w_up, w_down, dy, required(selection))
+_dense_reference = _reference("dense_forward_backward", selects=False)
+_moc_reference = _reference("moc_forward_backward")
 
 
 def _dense_bytes(tensors: int) -> Callable[[FfnShape, int, int], float]:
@@ -202,17 +196,19 @@ def _compact_bytes(shape: FfnShape, k: int, itemsize: int) -> float:
 _NOT_COMPILED = "its layers are not compiled, so its whole model would run eagerly beside compiled ones"
 
 
-def _dense(name: str, layer: Callable[[FfnShape], nn.Module], **fields: Any) -> Method:
+def _dense(name: str, layer: str, **fields: Any) -> Method:
     """A method without selection: exact dense SwiGLU and compiled, unless `fields` say otherwise."""
     defaults: dict[str, Any] = {"is_dense": True, "compile": True, "reference": _dense_reference}
-    return Method(name, lambda shape, _: layer(shape), takes_selection=False, **(defaults | fields))
+    make = _later(f"moc.layers:{layer}")
+    return Method(name, lambda shape, _: make(shape), takes_selection=False, **(defaults | fields))
 
 
-def _moc(name: str, layer: Callable[[FfnShape, Selection], nn.Module], **fields: Any) -> Method:
+def _moc(name: str, layer: str, fp8: bool = False, **fields: Any) -> Method:
     """A method with a selection: Mixture-of-Channels and compiled, unless `fields` say otherwise."""
     defaults: dict[str, Any] = {"is_dense": False, "compile": True, "reference": _moc_reference}
+    make = _later(f"moc.layers:{layer}", **({"fp8": True} if fp8 else {}))
     return Method(
-        name, lambda shape, rule: layer(shape, required(rule)), takes_selection=True, **(defaults | fields)
+        name, lambda shape, rule: make(shape, required(rule)), takes_selection=True, **(defaults | fields)
     )
 
 
@@ -220,7 +216,7 @@ _CUDA = frozenset({"cuda"})
 _ON_TRITON: dict[str, Any] = {
     "dtypes": frozenset(KERNEL_DTYPES),
     "device_types": _CUDA,
-    "scratch_bytes": backward_scratch_bytes,
+    "scratch_bytes": _later("moc.ops.triton_ffn:backward_scratch_bytes"),
     "keeps_casts": False,
 }
 _INT8: dict[str, Any] = {
@@ -236,14 +232,14 @@ _INT8: dict[str, Any] = {
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        _dense("dense", DenseFFN, compile=False, saved_bytes_per_token=_dense_bytes(4)),
+        _dense("dense", "DenseFFN", compile=False, saved_bytes_per_token=_dense_bytes(4)),
         # Only on CUDA: elsewhere nothing is compiled, so it would be `dense` again.
-        _dense("dense_compiled", DenseFFN, device_types=_CUDA),
-        _dense("dense_autotuned", DenseFFN, device_types=_CUDA, compile_mode="max-autotune-no-cudagraphs"),
-        _dense("dense_fused", FusedFFN, device_types=_CUDA),
+        _dense("dense_compiled", "DenseFFN", device_types=_CUDA),
+        _dense("dense_autotuned", "DenseFFN", device_types=_CUDA, compile_mode="max-autotune-no-cudagraphs"),
+        _dense("dense_fused", "FusedFFN", device_types=_CUDA),
         _dense(
             "dense_liger",
-            LigerFFN,
+            "LigerFFN",
             compile=False,
             dtypes=frozenset(KERNEL_DTYPES),
             device_types=_CUDA,
@@ -252,24 +248,30 @@ METHODS: dict[str, Method] = {
         ),
         _dense(
             "dense_fp8",
-            Fp8FFN,
+            "Fp8FFN",
             is_dense=False,  # its gradients are rounded, so it is no exact dense baseline
             kept_roundoff=FP8_ROUNDOFF,
             saved_bytes_per_token=lambda shape, _k, size: shape.d_model * size + 2 * (shape.d_ffn + 4),
         ),
-        _dense("dense_recompute", RecomputeFFN, saved_bytes_per_token=_dense_bytes(0)),
-        _dense("dense_gu", DenseGuFFN, saved_bytes_per_token=_dense_bytes(2)),
-        _moc("moc", TritonMoCFFN, saved_bytes_per_token=_compact_bytes, **_ON_TRITON),
+        _dense("dense_recompute", "RecomputeFFN", saved_bytes_per_token=_dense_bytes(0)),
+        _dense("dense_gu", "DenseGuFFN", saved_bytes_per_token=_dense_bytes(2)),
+        _moc("moc", "TritonMoCFFN", saved_bytes_per_token=_compact_bytes, **_ON_TRITON),
         _moc(
             "moc_fp8",
-            partial(TritonMoCFFN, fp8=True),
+            "TritonMoCFFN",
+            fp8=True,
             kept_roundoff=FP8_ROUNDOFF,
             saved_bytes_per_token=_compact_fp8_bytes,
             **_ON_TRITON,
         ),
-        _moc("moc_reference", MoCFFN, saved_bytes_per_token=_compact_bytes),
-        _moc("act_prune", ActPruneFFN, reference=_act_prune_reference, saved_bytes_per_token=_compact_bytes),
-        _dense("dense_int8", Int8FFN, reference=dense_int8_reference, **_INT8),
-        _moc("moc_int8", Int8FFN, reference=moc_int8_reference, **_INT8),
+        _moc("moc_reference", "MoCFFN", saved_bytes_per_token=_compact_bytes),
+        _moc(
+            "act_prune",
+            "ActPruneFFN",
+            reference=_reference("act_prune_forward_backward"),
+            saved_bytes_per_token=_compact_bytes,
+        ),
+        _dense("dense_int8", "Int8FFN", reference=_later("moc.layers.int8:dense_int8_reference"), **_INT8),
+        _moc("moc_int8", "Int8FFN", reference=_later("moc.layers.int8:moc_int8_reference"), **_INT8),
     )
 }

@@ -115,6 +115,11 @@ class Selection:
         return float(struct.unpack("f", struct.pack("f", self.threshold))[0])
 
 
+def n_words(d_ffn: int) -> int:
+    """Number of 32-bit words of a token's bitmask of kept channels."""
+    return (d_ffn + 31) // 32
+
+
 def required(selection: Selection | None) -> Selection:
     """The selection, for a method that cannot do without. Raises ValueError if it is None."""
     if selection is None:

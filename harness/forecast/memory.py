@@ -27,14 +27,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
-import torch
 
 from harness.sweep.catalog import WORKLOADS
 from harness.sweep.point import Point
 from harness.sweep.support import model_config
 from moc.config import FfnShape
 from moc.methods import Method, get_method
-from moc.ops.loss import CHUNK_TOKENS
 
 ITEM_SIZE = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 _STATE_BYTES = 12  # per parameter: the weight and Adam's two moments, fp32
@@ -130,6 +128,8 @@ def _training_bytes(method: Method, point: Point, device: str, ffn_saved: float,
     saved = tokens * (
         config.n_layers * layer_saved_bytes(point, device, ffn_saved) + head_saved_bytes(point, device)
     )
+    from moc.ops.loss import CHUNK_TOKENS
+
     chunk = min(CHUNK_TOKENS, tokens) * config.vocab_size
     # The sum of d_weight in fp32 and one chunk's share of it, one chunk's logits (and, on the CPU, their
     # log-softmax in fp32), and the hidden states in the dtype of training.
@@ -171,6 +171,8 @@ def _saved_by_dense(method: Method, point: Point, device: str) -> float:
 def device_bytes(device: str) -> int:
     """Memory of the device: the GPU's, or what the machine and its control group let this process use."""
     if device == "cuda":
+        import torch
+
         return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
     total = int(psutil.virtual_memory().total)
     limit = Path("/sys/fs/cgroup/memory.max")

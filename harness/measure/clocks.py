@@ -8,9 +8,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
+
 
 # NVML's bits (nvml.h, nvmlClocksEventReasons) that mean "slower than asked for". Left out: idle (1), an
 # application clock somebody set (2), sync boost (0x10), display clock (0x100): none is a fault of the moment.
@@ -98,6 +100,8 @@ def _open(device: torch.device) -> tuple[Any, Any]:
     nvml = open_nvml()
     if nvml is None:
         return None, None
+    import torch
+
     # By UUID: NVML's own numbering ignores CUDA_VISIBLE_DEVICES.
     uuid = str(torch.cuda.get_device_properties(device).uuid)
     name = uuid if uuid.startswith("GPU-") else f"GPU-{uuid}"

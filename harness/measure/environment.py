@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 
 from harness.measure.clocks import open_nvml
 
@@ -27,6 +26,8 @@ def environment_record(device: str) -> dict[str, Any]:
     `env_id` is a hash of all the rest, so equal environments share it and any change shows. Host names, user
     names and paths are not part of it, and the GPU's serial identity only as a hash.
     """
+    import torch
+
     record: dict[str, Any] = {
         "device": device,
         "device_name": device_name(device),
@@ -49,16 +50,22 @@ def environment_record(device: str) -> dict[str, Any]:
 def device_name(device: str) -> str:
     """What a row calls the device: the GPU's own name, or `CPU: <model>, <n> cores`."""
     if device == "cuda":
+        import torch
+
         return torch.cuda.get_device_name()
     return f"{CPU_PREFIX}{_cpu_model() or platform.machine()}, {_cores()} cores"
 
 
 def gpu_identity() -> str:
     """A hash that tells this GPU from another of the same name."""
+    import torch
+
     return _digest(str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid))
 
 
 def _gpu() -> dict[str, Any]:
+    import torch
+
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     nvml = open_nvml()
     driver = nvml.nvmlSystemGetDriverVersion() if nvml is not None else None

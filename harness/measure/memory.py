@@ -193,24 +193,6 @@ def resident_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def predicted_peak(
-    dense_peak: float, dense_bytes_per_token: float, method_bytes_per_token: float, tokens: int, layers: int
-) -> float:
-    """Peak of a whole model under a method, from the dense model's peak and both methods' saved bytes.
-
-    Saved bytes are per token and layer. If a method saves less in every layer and nothing else changes, the
-    peak must fall by exactly that; see `formula_error`.
-    """
-    return dense_peak - (dense_bytes_per_token - method_bytes_per_token) * tokens * layers
-
-
-def formula_error(predicted: float, measured: float) -> float:
-    """Predicted over measured, minus one. Raises ValueError if nothing was measured."""
-    if not measured > 0:
-        raise ValueError(f"measured peak {measured} must be positive")
-    return predicted / measured - 1.0
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the error says that memory ran out: a type of its own on CUDA, a RuntimeError on the CPU."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):

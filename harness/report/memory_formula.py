@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import pandas as pd
 
-from harness.measure.memory import formula_error, predicted_peak
-
 
 def memory_formula(points: pd.DataFrame) -> pd.DataFrame:
     """One line per setting, sparse rule and dense baseline of `pretrain` with both numbers known.
@@ -20,40 +18,24 @@ def memory_formula(points: pd.DataFrame) -> pd.DataFrame:
     minus one), the one farthest from zero. Only allocator peaks count: a resident set holds more than
     tensors.
     """
-    known = points[
-        (points["workload"] == "pretrain")
-        & points["measured"]
-        & points["peak_allocated_bytes"].notna()
-        & points["saved_activation_bytes_per_token"].notna()
-    ]
-    lines = []
-    for _, group in known.groupby(["cell", "seed"], sort=False):
-        dense = group[group["is_dense"]]
-        for _, point in group[~group["is_dense"]].iterrows():
-            baselines = dense[dense["method"] == point["baseline"]]
-            if baselines.empty:
-                continue
-            base = baselines.iloc[0]
-            predicted = predicted_peak(
-                float(base["peak_allocated_bytes"]),
-                float(base["saved_activation_bytes_per_token"]),
-                float(point["saved_activation_bytes_per_token"]),
-                int(point["tokens"]),
-                int(point["n_layers"]),
-            )
-            measured = float(point["peak_allocated_bytes"])
-            lines.append(
-                {
-                    **{name: point[name] for name in ("cell", "preset", "seq_len", "method", "selection")},
-                    "against": base["method"],
-                    "measured_bytes": measured,
-                    "predicted_bytes": predicted,
-                    "error": formula_error(predicted, measured),
-                }
-            )
+    peak, saved = "peak_allocated_bytes", "saved_activation_bytes_per_token"
     names = ["cell", "preset", "seq_len", "method", "selection", "against"]
-    columns = [*names, "measured_bytes", "predicted_bytes", "error"]
-    of_seeds = pd.DataFrame(lines, columns=columns).groupby(names, sort=False, dropna=False)
+    known = points[(points["workload"] == "pretrain") & points["measured"]].dropna(subset=[peak, saved])
+    known = known.assign(against=known["baseline"])
+    known = known[[*names, "seed", "is_dense", "tokens", "n_layers", peak, saved]]
+    known = known.iloc[known.groupby(["cell", "seed"], sort=False).ngroup().argsort(kind="stable")]
+    dense = known["is_dense"].astype(bool)
+    pairs = known[~dense].merge(
+        known[dense],
+        left_on=["cell", "seed", "against"],
+        right_on=["cell", "seed", "method"],
+        suffixes=("", "_dense"),
+    )
+    less = (pairs[f"{saved}_dense"] - pairs[saved]) * pairs["tokens"] * pairs["n_layers"]
+    pairs["measured_bytes"] = pairs[peak]
+    pairs["predicted_bytes"] = pairs[f"{peak}_dense"] - less
+    pairs["error"] = pairs["predicted_bytes"] / pairs["measured_bytes"] - 1
+    of_seeds = pairs.groupby(names, sort=False, dropna=False)
     found = of_seeds.agg(
         measured_bytes=("measured_bytes", "mean"),
         predicted_bytes=("predicted_bytes", "mean"),

@@ -31,7 +31,7 @@ def _keys(table: pd.DataFrame) -> dict[str, _Cell]:
     columns |= {
         "method": lambda line: str(line["method"]),
         "selection": lambda line: str(line["selection"] or wording.DASH),
-        "K %": lambda line: wording.number(line["k_pct"], 4),
+        "K %": lambda line: wording.DASH if math.isnan(line["k_pct"]) else f"{line['k_pct']:.4g}",
     }
     return columns
 

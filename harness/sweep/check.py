@@ -11,6 +11,9 @@ from harness.errors import SpecError, near_miss, short
 from harness.sweep.catalog import FIELD, MIN_STEPS, PRUNABLE, WORKLOADS, AxisValue
 from harness.sweep.metrics import METRICS
 from harness.sweep.model import MAX_POINTS, Axis, Optimize, Part, Range, Sweep, part_name
+from moc.config import PRESETS
+from moc.methods import METHODS, get_method
+from moc.selection import parse_selection
 
 # What may stand in a path: no separator, and no leading dot, so no `..` either.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
@@ -95,10 +98,6 @@ def _check_range(path: str, name: str, axis: Range, part: Part) -> None:
 
 
 def _check_value(path: str, name: str, value: AxisValue) -> None:
-    from moc.config import PRESETS
-    from moc.methods import get_method
-    from moc.selection import parse_selection
-
     field = FIELD[name]
     if field.type is int:
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -127,8 +126,6 @@ def _check_value(path: str, name: str, value: AxisValue) -> None:
 
 
 def _check_complete(where: str, part: Part, given: set[str]) -> None:
-    from moc.methods import get_method
-
     if "method" not in given:
         raise SpecError(f"{where}axes.method is missing; list at least one method")
     if "preset" not in given and not {"d_model", "d_ffn"} <= given:
@@ -182,8 +179,6 @@ def check_search(where: str, part: Part, search: Optimize) -> None:
 
 
 def _check_baseline(where: str, search: Optimize) -> None:
-    from moc.methods import METHODS
-
     dense = [name for name, method in METHODS.items() if method.is_dense]
     if search.baseline not in dense:
         raise SpecError(

@@ -33,11 +33,11 @@ from moc.config import FfnShape
 from moc.kernels import passes
 from moc.kernels.passes import EXPAND_TILING, Kept, Tiling, expand_pass, select_pass, select_tiling
 from moc.layers.dense import FusedFFN
-from moc.ops.compact import n_words, unpack_bitmask
+from moc.ops.compact import unpack_bitmask
 from moc.ops.inputs import place_side_by_side
 from moc.ops.triton_ffn import Chunking, Layout, backward_in_chunks, forward_in_chunks
 from moc.reference import select_mask
-from moc.selection import parse_selection
+from moc.selection import n_words, parse_selection
 
 SHAPES = {  # tokens, d, d_ffn
     "60m": (65536, 512, 1408),

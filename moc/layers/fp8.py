@@ -16,7 +16,6 @@ from moc.ops.inputs import autocast_cast, check_ffn_inputs
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max  # 448
-FP8_ROUNDOFF = 2.0**-4  # e4m3 has three mantissa bits
 
 
 class Fp8FFN(FfnWeights):

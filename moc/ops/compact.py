@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moc.selection import Selection
+from moc.selection import Selection, n_words
 
 ALIGN = 64  # elements: row strides stay a multiple of 128 bytes, which cuBLAS's fast path wants
 
@@ -117,11 +117,6 @@ class Expander:
         """`compact` [T, k] at its channels of [T, d_ffn]."""
         self._buffer.scatter_(1, self._channels, compact)
         return self._buffer[:, : self._d_ffn]
-
-
-def n_words(d_ffn: int) -> int:
-    """Number of 32-bit words of a row's bitmask."""
-    return (d_ffn + 31) // 32
 
 
 def pack_bitmask(mask: Tensor) -> Tensor:

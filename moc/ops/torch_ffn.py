@@ -16,18 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from moc.ops.compact import (
-    Expander,
-    gather_compact,
-    keep_mask,
-    kept_channels,
-    n_words,
-    pack_bitmask,
-    unpack_bitmask,
-)
+from moc.ops.compact import Expander, gather_compact, keep_mask, kept_channels, pack_bitmask, unpack_bitmask
 from moc.ops.gather import kept_rows_output, pays
 from moc.ops.inputs import autocast_cast, check_ffn_inputs
-from moc.selection import Selection, parse_selection
+from moc.selection import Selection, n_words, parse_selection
 
 
 def moc_ffn(

@@ -38,9 +38,9 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from moc.config import FfnShape
-from moc.ops.compact import ALIGN, n_words
+from moc.ops.compact import ALIGN
 from moc.ops.inputs import autocast_cast, check_ffn_inputs, side_by_side
-from moc.selection import Selection, parse_selection
+from moc.selection import Selection, n_words, parse_selection
 
 if TYPE_CHECKING:
     from moc.kernels.passes import Kept, Tiling

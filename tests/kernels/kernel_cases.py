@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from moc import FfnShape, parse_selection
 from moc.kernels.passes import Kept
 from moc.layers.moc import TritonMoCFFN
-from moc.ops.compact import n_words
 from moc.reference import FfnGrads
+from moc.selection import n_words
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Relative Frobenius error against the float64 reference.

@@ -12,9 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from harness.measure import memory
 from moc import METHODS, FfnShape, Llama, LlamaConfig, MoCFFN, parse_selection
 from moc.layers.moc import TritonMoCFFN
-from moc.ops.compact import n_words, unpack_bitmask
+from moc.ops.compact import unpack_bitmask
 from moc.ops.triton_ffn import Chunking, Layout, triton_moc_ffn
 from moc.reference import FfnGrads, moc_forward_backward, select_mask
+from moc.selection import n_words
 
 RULES = ["topk:0.1875", "topk_abs:0.25", "nm:2:8", "nm:12:64", "threshold:0.1:0.25"]
 

@@ -7,16 +7,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moc import Selection, parse_selection
-from moc.ops.compact import (
-    Expander,
-    gather_compact,
-    keep_mask,
-    kept_channels,
-    n_words,
-    pack_bitmask,
-    unpack_bitmask,
-)
+from moc.ops.compact import Expander, gather_compact, keep_mask, kept_channels, pack_bitmask, unpack_bitmask
 from moc.reference import overflow_count, select_mask
+from moc.selection import n_words
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 RULES = ["topk:0.1875", "topk:1", "topk_abs:0.3", "nm:2:8", "nm:12:64", "nm:1:2", "threshold:0.25:0.2"]
