@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from test_ffn_train import Recorder, point
+from recorder import Recorder, point
 from torch import Tensor
 
 from harness.measure import gate, memory, roofline, selftest, stats

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_ffn_train import Recorder, point
+from recorder import Recorder, point
 
 from harness.measure import ffn, launch, roofline
 from harness.sweep.model import Measure, Timing

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from test_ffn_train import Recorder, point
+from recorder import Recorder, point
 from torch import Tensor
 
 from harness.errors import SpecError

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_ffn_train import Recorder, point
+from recorder import Recorder, point
 
 from harness.sweep.model import Measure, Timing
 from harness.workloads import generate
