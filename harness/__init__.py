@@ -1,4 +1,5 @@
-"""The harness: sweeps, measuring, tables and plots. It may import `moc`; `moc` never imports it.
+"""The harness: sweeps, measuring, tables and plots. It imports `moc`; `moc` never imports it.
 
-Read in this order: metrics, points, job, spec, store, study, trial, worker, runner, report, cli.
+Read the folders in this order: sweep, store, measure, training, workloads, search, run, report, forecast,
+regression. docs/architecture.md says what each holds and what it may import.
 """
