@@ -142,10 +142,7 @@ def _inputs(
 
 
 def _outputs(
-    run: Callable[[Tensor], Tensor],
-    weights: Mapping[str, nn.Parameter],
-    data: FfnTensors,
-    backward: bool,
+    run: Callable[[Tensor], Tensor], weights: Mapping[str, nn.Parameter], data: FfnTensors, backward: bool
 ) -> dict[str, Tensor | None]:
     """What the method makes of the data, by the names of NAMES; only y without `backward`."""
     with torch.no_grad():

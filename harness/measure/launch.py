@@ -202,11 +202,7 @@ class _EventTimer:
     """Times `call` with CUDA events behind a backlog that is long enough, see `CudaSampler`."""
 
     def __init__(
-        self,
-        before: list[Callable[[], object]],
-        call: Callable[[], object],
-        units: int,
-        cycles_per_ms: float,
+        self, before: list[Callable[[], object]], call: Callable[[], object], units: int, cycles_per_ms: float
     ) -> None:
         self._before = before
         self._call = call

@@ -8,8 +8,9 @@ noise is one-sided: an interrupted sample is far too long, none is far too short
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import scipy.stats
@@ -56,16 +57,17 @@ def median_estimate(
         return Estimate(value, math.nan, math.nan, values.size, statistic)
     if np.ptp(values) == 0.0:
         return Estimate(value, value, value, values.size, statistic)
-    interval = scipy.stats.bootstrap(
-        (values,),
-        np.median,
-        n_resamples=n_resamples,
-        vectorized=True,
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return Estimate(value, float(interval.low), float(interval.high), values.size, statistic)
+    low, high = bootstrap((values,), np.median, seed, n_resamples=n_resamples, vectorized=True)
+    return Estimate(value, low, high, values.size, statistic)
+
+
+def bootstrap(
+    samples: tuple[NDArray[np.float64], ...], statistic: Callable[..., Any], seed: int, **options: Any
+) -> tuple[float, float]:
+    """Ends of the 95 % percentile bootstrap interval of a statistic; `options` are SciPy's."""
+    options = {"n_resamples": RESAMPLES, "confidence_level": CONFIDENCE, "method": "percentile", **options}
+    found = scipy.stats.bootstrap(samples, statistic, rng=np.random.default_rng(seed), **options)
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
 def paired_ratio(
@@ -89,12 +91,8 @@ def rate(amount: float, time: Estimate) -> Estimate:
 
 def scaled(estimate: Estimate, factor: float) -> Estimate:
     """The same number in another unit."""
-    return replace(
-        estimate,
-        value=estimate.value * factor,
-        ci_low=estimate.ci_low * factor,
-        ci_high=estimate.ci_high * factor,
-    )
+    value, low, high = (factor * number for number in (estimate.value, estimate.ci_low, estimate.ci_high))
+    return replace(estimate, value=value, ci_low=low, ci_high=high)
 
 
 def median(samples: ArrayLike) -> float:

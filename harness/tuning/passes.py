@@ -201,9 +201,8 @@ def moc_step(tensors: FfnTensors, rule: str, layout: Layout) -> Callable[[], obj
     weights = tensors.w_gate, tensors.w_up, tensors.w_down
 
     def step() -> object:
-        _y, pairs, scales, bitmask, _overflow = forward_in_chunks(x, *weights, selection, False, True, layout)
-        kept = pairs, scales, bitmask
-        return backward_in_chunks(dy, x, *kept, *weights, selection.two_of_four, layout)
+        _y, pairs, scales, bitmask, _overflow = forward_in_chunks(x, weights, selection, False, True, layout)
+        return backward_in_chunks(dy, x, (pairs, scales, bitmask), weights, selection.two_of_four, layout)
 
     return step
 

@@ -20,24 +20,7 @@ from harness.measure import roofline
 from harness.measure.ffn import FfnTensors, decoding_call, weight_copies, with_weights
 from harness.measure.launch import TimedMethod, load_libraries
 from harness.measure.timing import PairedTimes
-from harness.workloads.group import (
-    Bench,
-    Group,
-    PlannedMethod,
-    check_layer,
-    compiled,
-    finish_timed,
-    frozen,
-    make_layer,
-    open_group,
-    plan_methods,
-    ready_methods,
-    report_compile_time,
-    report_rate,
-    report_speedup,
-    report_time,
-    time_methods,
-)
+from harness.workloads.group import Bench, Group, PlannedMethod, frozen, open_group
 from harness.workloads.job import Job, Reporter
 from moc.reference import select_mask
 
@@ -75,12 +58,7 @@ def run(job: Job, report: Reporter) -> None:
     """Measure the points of a group; see the module. Raises as `harness.workloads.ffn_train.run` does."""
     group = open_group(job)
     load_libraries(group.device, group.dtype)
-    planned = plan_methods(group, report, train=False)
-    if group.n_layers != 1:
-        reason = f"ffn_decode measures one layer, not n_layers={group.n_layers}"
-        for one in planned:
-            report.finish(one.point, "unsupported", reason)
-        return
+    planned = group.plan(report)
     if not planned:
         return
     leanest = min(planned, key=lambda method: _least_read(group, method))
@@ -89,8 +67,8 @@ def run(job: Job, report: Reporter) -> None:
         _least_read(group, leanest), group.shape, group.tokens, group.dtype, group.device, group.seed
     )
     bench = _DecodeBench(group, job.measure, report, copies, roofline.ensure_ceilings(group.device))
-    ready = ready_methods(bench, planned, lambda method: _prepare(bench, method))
-    ready, times = time_methods(bench, ready, ("latency",), _ReadyMethod.timed, group.rotated_mode)
+    ready = bench.ready_methods(planned, lambda method: _prepare(bench, method))
+    ready, times = bench.time_methods(ready, ("latency",), _ReadyMethod.timed, group.rotated_mode)
     for method in ready:
         report.start(method.planned.point)
         _report_method(bench, method, ready, times["latency"])
@@ -102,13 +80,13 @@ def _least_read(group: Group, planned: PlannedMethod) -> float:
 
 def _prepare(bench: _DecodeBench, planned: PlannedMethod) -> _ReadyMethod:
     group = bench.group
-    first = make_layer(group, planned, bench.copies[0])
+    first = group.make_layer(planned, bench.copies[0])
     others = (with_weights(first, tensors) for tensors in bench.copies[1:])
     plain = [frozen(layer) for layer in (first, *others)]
-    layers = [compiled(group, planned, layer) for layer in plain]
+    layers = [group.compiled(planned, layer) for layer in plain]
     call = decoding_call(layers, bench.x)
-    report_compile_time(bench, planned, call)
-    check_layer(bench, planned, layers[0], plain[0], [(group.tokens, _GATE_DRAWS)], backward=False)
+    bench.report_compile_time(planned, call)
+    bench.check_layer(planned, layers[0], plain[0], [(group.tokens, _GATE_DRAWS)], backward=False)
     return _ReadyMethod(planned, layers, call)
 
 
@@ -117,9 +95,9 @@ def _report_method(
 ) -> None:
     """All remaining rows of one method, and its point finished."""
     group, planned = bench.group, ready.planned
-    time = report_time(bench, planned, "latency_us", times, per_ms=1e3)
-    report_rate(bench, planned, group.tokens, times)
-    report_speedup(bench, planned, others, times)
+    time = bench.report_time(planned, "latency_us", times, per_ms=1e3)
+    bench.report_rate(planned, group.tokens, times)
+    bench.report_speedup(planned, others, times)
     channels = _channels_read(bench, ready)
     itemsize = group.dtype.itemsize
     row_bytes = planned.method.row_bytes(group.shape.d_model, itemsize)
@@ -132,7 +110,7 @@ def _report_method(
     share = roofline.pct_of_roofline(floor, time.value)
     if share is not None:
         bench.report.measure(planned.point, "pct_of_roofline", share)
-    finish_timed(bench, planned, times)
+    bench.finish(planned, times)
 
 
 def _channels_read(bench: _DecodeBench, ready: _ReadyMethod) -> int:

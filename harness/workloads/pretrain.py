@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import scipy.stats
 import torch
 from numpy.typing import ArrayLike
 
@@ -26,18 +25,10 @@ from harness.measure.memory import (
     resident_bytes,
     saved_bytes,
 )
-from harness.measure.stats import (
-    CONFIDENCE,
-    RESAMPLES,
-    Estimate,
-    median_estimate,
-    rate,
-    without_interval,
-)
+from harness.measure.stats import Estimate, bootstrap, median_estimate, rate, without_interval
 from harness.measure.union import LARGEST_BATCH, union_shares
-from harness.sweep.catalog import TRAINING_DTYPES
 from harness.sweep.point import Point
-from harness.sweep.support import _given, model_config
+from harness.sweep.support import _given, model_config, unsupported_reason
 from harness.training.checkpoint import Checkpoints
 from harness.training.data import prepare
 from harness.training.data.batches import bits_per_byte
@@ -51,10 +42,9 @@ from harness.training.trainer import (
     evaluate,
 )
 from harness.workloads.job import Job, Reporter
-from moc.config import LlamaConfig
 from moc.llama import Llama
-from moc.methods import Method, get_method
-from moc.selection import Selection, parse_selection
+from moc.methods import get_method
+from moc.selection import Selection
 
 CURVE_POINTS = 400  # of the training-loss curve: what a plot can show
 SAVED_TOKENS = 1024  # saved bytes are linear in the tokens, so a small batch tells
@@ -72,15 +62,12 @@ def run(job: Job, report: Reporter) -> None:
         raise ValueError(f"pretrain measures one point per job, not {len(job.points)}")
     point = job.points[0]
     report.start(point)
-    method = get_method(point.method)
-    selection = parse_selection(point.selection) if point.selection is not None else None
-    config = model_config(point)
-    reason = _unsupported(point, method, selection, config, job.device)
+    reason = unsupported_reason(point, job.device)
     if reason is not None:
         report.finish(point, "unsupported", reason)
         return
     try:
-        _train_and_report(job, point, method, selection, config, report)
+        _train_and_report(job, point, report)
     except DivergedError as error:
         report.finish(point, "wrong", str(error))
     except RuntimeError as error:
@@ -102,20 +89,8 @@ def train_config(point: Point) -> TrainConfig:
     )
 
 
-def _unsupported(
-    point: Point, method: Method, selection: Selection | None, config: LlamaConfig, device: str
-) -> str | None:
-    """Why the point cannot be trained, or None."""
-    if not method.backward:
-        return f"method {method.name} has no backward pass"
-    if point.dtype not in TRAINING_DTYPES:
-        return f"dtype {point.dtype} cannot be trained; choose one of {', '.join(TRAINING_DTYPES)}"
-    return method.unsupported_reason(config.ffn, selection, point.dtype, device)
-
-
-def _train_and_report(
-    job: Job, point: Point, method: Method, selection: Selection | None, config: LlamaConfig, report: Reporter
-) -> None:
+def _train_and_report(job: Job, point: Point, report: Reporter) -> None:
+    method, selection, config = get_method(point.method), point.rule, model_config(point)
     dataset = prepare(job.data or "stdlib", config.vocab_size)
     if point.data_id is not None and dataset.data_id != point.data_id:
         raise ValueError(
@@ -256,11 +231,7 @@ class PeakMeter:
 
 
 def _report_speed(
-    report: Reporter,
-    point: Point,
-    result: TrainResult,
-    compiled: bool,
-    conditions: TimingConditions,
+    report: Reporter, point: Point, result: TrainResult, compiled: bool, conditions: TimingConditions
 ) -> None:
     """Step time and throughput of the timed steps; what compilation cost."""
     step = median_estimate(result.step_ms)
@@ -311,16 +282,8 @@ def mean_estimate(samples: ArrayLike, seed: int = 0) -> Estimate:
     value = float(values.mean())
     if values.size == 1:
         return Estimate(value, math.nan, math.nan, 1, "mean over windows")
-    interval = scipy.stats.bootstrap(
-        (values,),
-        np.mean,
-        n_resamples=RESAMPLES,
-        batch=100,  # resamples held in memory at once
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return Estimate(value, float(interval.low), float(interval.high), values.size, "mean over windows")
+    low, high = bootstrap((values,), np.mean, seed, batch=100)  # resamples held in memory at once
+    return Estimate(value, low, high, values.size, "mean over windows")
 
 
 def perplexity(nats: float) -> float:

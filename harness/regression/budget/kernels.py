@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import json
 import pkgutil
 import re
 import subprocess
@@ -286,7 +285,3 @@ def _kernels() -> set[str]:
             if isinstance(value, triton.JITFunction) and name.endswith("kernel")
         }
     return found
-
-
-if __name__ == "__main__":
-    print(json.dumps(collect()))

@@ -8,7 +8,6 @@ on what is installed.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 
 import torch
@@ -106,7 +105,3 @@ def _is_dense_output(method: Method, selection: Selection | None) -> bool:
 def _exact(value: float) -> Fact:
     """A whole number as such; a fraction, which a formula may give, as text."""
     return int(value) if value == int(value) else repr(value)
-
-
-if __name__ == "__main__":
-    print(json.dumps(collect()))

@@ -72,7 +72,3 @@ def _installed(name: str) -> str | None:
 
 def _plain(name: str) -> str:
     return name.lower().replace("_", "-").replace(".", "-")
-
-
-if __name__ == "__main__":
-    print(json.dumps(collect()))

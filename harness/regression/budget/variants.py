@@ -10,7 +10,6 @@ have written is whatever was in memory, so no number that is computed here means
 from __future__ import annotations
 
 import contextlib
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -111,7 +110,3 @@ class _Driver:
 
     def get_current_stream(self, _device: int) -> int:
         return 0
-
-
-if __name__ == "__main__":
-    print(json.dumps(collect()))
