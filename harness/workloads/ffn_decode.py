@@ -21,7 +21,8 @@ from harness.measure.ffn import FfnTensors, decoding_call, weight_copies, with_w
 from harness.measure.launch import TimedMethod, load_libraries
 from harness.measure.timing import PairedTimes
 from harness.workloads.group import Bench, Group, PlannedMethod, frozen, open_group
-from harness.workloads.job import Job, Reporter
+from harness.workloads.job import Job
+from harness.workloads.reporter import EventReporter
 from moc.reference import select_mask
 
 _GATE_DRAWS = 8  # a gate on one token sees little
@@ -54,7 +55,7 @@ class _ReadyMethod:
         return TimedMethod(self.planned.name, self.call, anchor=dense, calls=len(self.layers))
 
 
-def run(job: Job, report: Reporter) -> None:
+def run(job: Job, report: EventReporter) -> None:
     """Measure the points of a group; see the module. Raises as `harness.workloads.ffn_train.run` does."""
     group = open_group(job)
     load_libraries(group.device, group.dtype)

@@ -18,7 +18,8 @@ from harness.measure.launch import TimedMethod, load_libraries
 from harness.measure.stats import Estimate, without_interval
 from harness.measure.timing import PairedTimes
 from harness.workloads.group import Bench, PlannedMethod, join_notes, open_group
-from harness.workloads.job import Job, Reporter
+from harness.workloads.job import Job
+from harness.workloads.reporter import EventReporter
 
 _QUANTITIES = ("forward", "backward", "step")
 _HIDDEN_SLACK = 2**20  # bytes: what rounding many blocks up to 512 bytes may add
@@ -55,7 +56,7 @@ class _ReadyMethod:
         return TimedMethod(self.planned.name, work, prepare, anchor=self.planned.method.is_dense)
 
 
-def run(job: Job, report: Reporter) -> None:
+def run(job: Job, report: EventReporter) -> None:
     """Measure the points of a group; see the module.
 
     Raises ValueError if the job's points are not one group, and whatever a method raises that is neither a

@@ -25,7 +25,8 @@ from harness.sweep.support import model_config
 from harness.workloads.generate_gate import Truth, check_decoding, find_truth
 from harness.workloads.generate_model import ffn_tensors, model_on, random_weights
 from harness.workloads.group import Bench, PlannedMethod, UnsupportedMethod, WrongMethod, frozen, open_group
-from harness.workloads.job import Job, Reporter
+from harness.workloads.job import Job
+from harness.workloads.reporter import EventReporter
 from moc.config import LlamaConfig
 from moc.decoding import GreedyDecoder, cache_length
 
@@ -90,7 +91,7 @@ class _ReadyMethod:
         return TimedMethod(name, self.decoder.step, self.rewind, anchor=anchor, repeats=NEW_TOKENS)
 
 
-def run(job: Job, report: Reporter) -> None:
+def run(job: Job, report: EventReporter) -> None:
     """Measure the points of a group; see the module. Raises as `harness.workloads.ffn_train.run` does, and
     ValueError naming a field that a `generate` point lacks."""
     group = open_group(job)

@@ -26,7 +26,8 @@ from harness.sweep.catalog import ALIGNMENT
 from harness.sweep.model import Measure
 from harness.sweep.point import Point
 from harness.sweep.support import unsupported_reason
-from harness.workloads.job import Job, Reporter
+from harness.workloads.job import Job
+from harness.workloads.reporter import EventReporter
 from moc.config import FfnShape
 from moc.layers.base import FfnWeights
 from moc.methods import Method, get_method
@@ -80,7 +81,7 @@ class Group:
         ]
         return f"misaligned: {', '.join(off)} not a multiple of {ALIGNMENT}" if off else ""
 
-    def plan(self, report: Reporter) -> list[PlannedMethod]:
+    def plan(self, report: EventReporter) -> list[PlannedMethod]:
         """The methods that can run the group; the points of all others are finished as `unsupported`."""
         planned = []
         for point in self.points:
@@ -163,7 +164,7 @@ class Bench:
 
     group: Group
     settings: Measure
-    report: Reporter
+    report: EventReporter
 
     @property
     def timing(self) -> TimingSettings:

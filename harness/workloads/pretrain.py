@@ -41,7 +41,8 @@ from harness.training.trainer import (
     autocast,
     evaluate,
 )
-from harness.workloads.job import Job, Reporter
+from harness.workloads.job import Job
+from harness.workloads.reporter import EventReporter
 from moc.llama import Llama
 from moc.methods import get_method
 from moc.selection import Selection
@@ -51,7 +52,7 @@ SAVED_TOKENS = 1024  # saved bytes are linear in the tokens, so a small batch te
 CLOCK_SECONDS = 1.0  # between two readings of the card's conditions
 
 
-def run(job: Job, report: Reporter) -> None:
+def run(job: Job, report: EventReporter) -> None:
     """Measure the job's one point.
 
     A method that cannot run the point, or a dtype that cannot be trained, is `unsupported`; a loss that is
@@ -89,7 +90,7 @@ def train_config(point: Point) -> TrainConfig:
     )
 
 
-def _train_and_report(job: Job, point: Point, report: Reporter) -> None:
+def _train_and_report(job: Job, point: Point, report: EventReporter) -> None:
     method, selection, config = get_method(point.method), point.rule, model_config(point)
     dataset = prepare(job.data or "stdlib", config.vocab_size)
     if point.data_id is not None and dataset.data_id != point.data_id:
@@ -185,7 +186,7 @@ def _overflow_fraction(model: Llama, trainer: Trainer, point: Point, device: tor
 
 
 def _report_union(
-    report: Reporter, model: Llama, trainer: Trainer, point: Point, selection: Selection
+    report: EventReporter, model: Llama, trainer: Trainer, point: Point, selection: Selection
 ) -> None:
     """Channels that 1 to 16 tokens of a decoding batch need together, on the held-out text."""
     with autocast(model.head.device, point.dtype):
@@ -231,7 +232,7 @@ class PeakMeter:
 
 
 def _report_speed(
-    report: Reporter, point: Point, result: TrainResult, compiled: bool, conditions: TimingConditions
+    report: EventReporter, point: Point, result: TrainResult, compiled: bool, conditions: TimingConditions
 ) -> None:
     """Step time and throughput of the timed steps; what compilation cost."""
     step = median_estimate(result.step_ms)
@@ -243,7 +244,7 @@ def _report_speed(
         report.measure(point, "compile_s", without_interval(result.first_step_s - step.value / 1e3))
 
 
-def _report_quality(report: Reporter, point: Point, result: TrainResult, bytes_per_token: float) -> None:
+def _report_quality(report: EventReporter, point: Point, result: TrainResult, bytes_per_token: float) -> None:
     """Loss before and after, perplexity, bits per byte, and the curves over tokens seen."""
     untrained = mean_estimate(result.evaluations[0].window_losses)
     trained = mean_estimate(result.evaluations[-1].window_losses)
