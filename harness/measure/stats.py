@@ -76,9 +76,14 @@ def paired_ratio(
     """Speed-up of `other` over `base`: the median of the ratios base/other of each round.
 
     `base[i]` and `other[i]` are times of one round, taken moments apart, so a clock that drifts over rounds
-    cancels in each ratio; it would not cancel in a ratio of two medians. Raises ValueError as `_pairs` does.
+    cancels in each ratio; it would not cancel in a ratio of two medians. Raises ValueError if they are not
+    aligned or not positive times.
     """
-    first, second = _pairs(base, other)
+    first, second = np.asarray(base, dtype=np.float64), np.asarray(other, dtype=np.float64)
+    if first.shape != second.shape:
+        raise ValueError(f"paired samples must be aligned by round, got {first.shape} and {second.shape}")
+    if not ((first > 0).all() and (second > 0).all()):
+        raise ValueError("paired samples must be positive times")
     return median_estimate(first / second, seed, n_resamples=n_resamples, statistic="median_paired_ratio")
 
 
@@ -106,13 +111,3 @@ def relative_half_width(estimate: Estimate) -> float:
     if not math.isfinite(width) or estimate.value == 0.0:
         return math.inf
     return width / abs(estimate.value)
-
-
-def _pairs(first: ArrayLike, second: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Both as arrays. Raises ValueError if they are not aligned or not positive times."""
-    a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
-    if a.shape != b.shape:
-        raise ValueError(f"paired samples must be aligned by round, got {a.shape} and {b.shape}")
-    if not ((a > 0).all() and (b > 0).all()):
-        raise ValueError("paired samples must be positive times")
-    return a, b

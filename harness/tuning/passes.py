@@ -28,17 +28,7 @@ from torch import Tensor
 
 from harness.measure.ffn import FfnTensors, TrainingCalls, ffn_weights, natural_tensors
 from harness.measure.roofline import ensure_ceilings
-from harness.tuning.trials import (
-    DEVICE,
-    DTYPE,
-    Row,
-    check_all,
-    compiled_to,
-    milliseconds,
-    print_groups,
-    timed,
-    write_rows,
-)
+from harness.tuning.trials import DEVICE, DTYPE, Row, check_all, compiled_to, print_groups, timed, write_rows
 from moc.config import FfnShape
 from moc.kernels import passes
 from moc.kernels.passes import EXPAND_TILING, Kept, Tiling, expand_pass, select_pass, select_tiling
@@ -169,8 +159,8 @@ def _error(actual: Tensor, expected: Tensor) -> float:
     return float((actual.double() - expected).norm() / expected.norm())
 
 
-def gemms(n_tokens: int, d: int, d_ffn: int) -> dict[str, float]:
-    """Milliseconds of the layer's GEMMs over all tokens, with gate and up joined and not."""
+def gemms(n_tokens: int, d: int, d_ffn: int) -> dict[str, Row]:
+    """Times of the layer's GEMMs over all tokens, with gate and up joined and not."""
     x, dx, dy = (torch.randn(n_tokens, d, device=DEVICE, dtype=DTYPE) for _ in range(3))
     w_gu, w, dw = (
         torch.randn(n, d, device=DEVICE, dtype=DTYPE) / d**0.5 for n in (2 * d_ffn, d_ffn, 2 * d_ffn)
@@ -189,7 +179,7 @@ def gemms(n_tokens: int, d: int, d_ffn: int) -> dict[str, float]:
         "dw_down": lambda: torch.mm(z.T, dy, out=dw[:d_ffn]),
         "join_weights": lambda: torch.cat((w_gate, w_up)),
     }
-    return {name: milliseconds(launch) for name, launch in launches.items()}
+    return {name: timed(launch) for name, launch in launches.items()}
 
 
 def dense_step(tensors: FfnTensors, shape: FfnShape) -> Callable[[], object]:
@@ -248,11 +238,11 @@ def steps(name: str, rule: str, select: Tiling, expand: Tiling, dense_ms: float)
         before = torch.cuda.memory_allocated()
         step()
         peak = torch.cuda.max_memory_allocated() - before
-        ms = milliseconds(step)
+        ms = timed(step)["ms"]
         chunks = chunking.chunks(len(tensors.x), len(tensors.w_gate) * DTYPE.itemsize)
         yield {
             "kind": "step", "shape": name, "rule": rule, "chunk_mb": megabytes, "peak_bytes": peak,
-            "ms": ms, "over_dense": dense_ms / ms, "gemms_ms": milliseconds(gemm_step(tensors, chunks)),
+            "ms": ms, "over_dense": dense_ms / ms, "gemms_ms": timed(gemm_step(tensors, chunks))["ms"],
         }  # fmt: skip
 
 
@@ -271,14 +261,14 @@ def measure(names: Sequence[str], seconds: float) -> Iterator[Row]:
     checked = check_all(check, every)
     print(f"{len(every)} variants compiled and checked in {time.monotonic() - start:.0f} s", flush=True)
     fastest: dict[tuple[str, str, int, bool], tuple[float, Tiling]] = {}
-    dense: dict[str, float] = {}
+    dense: dict[str, Row] = {}
     for name in names:
         for row, variant in time_passes(name, checked):
             if row.get("ms", math.inf) < fastest.get(variant.group, (math.inf,))[0]:
                 fastest[variant.group] = row["ms"], variant.tiling
             yield row
-        for part, ms in gemms(*SHAPES[name]).items():
-            yield {"kind": "gemm", "shape": name, "of": part, "ms": ms}
+        for part, row in gemms(*SHAPES[name]).items():
+            yield {"kind": "gemm", "shape": name, "of": part, **row}
         torch.cuda.empty_cache()
     for name, rule in itertools.product(names, RULES):
         _n_tokens, d, d_ffn = SHAPES[name]
@@ -288,9 +278,9 @@ def measure(names: Sequence[str], seconds: float) -> Iterator[Row]:
             print(f"no steps of {name} {rule}: {seconds:.0f} s are over or no variant is right", flush=True)
             continue
         if name not in dense:
-            dense[name] = milliseconds(dense_step(step_tensors(name), FfnShape(d, d_ffn)))
-            yield {"kind": "dense", "shape": name, "ms": dense[name]}
-        yield from steps(name, rule, select[1], expand[1], dense[name])
+            dense[name] = timed(dense_step(step_tensors(name), FfnShape(d, d_ffn)))
+            yield {"kind": "dense", "shape": name, **dense[name]}
+        yield from steps(name, rule, select[1], expand[1], dense[name]["ms"])
         torch.cuda.empty_cache()
 
 

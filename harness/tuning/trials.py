@@ -24,11 +24,6 @@ Row = dict[str, Any]
 Variant = TypeVar("Variant")
 
 
-def milliseconds(call: Callable[[], object], mode: str = "graph_cold", calls: int = 1) -> float:
-    """Median time of one of `calls` units of work, by the timer of every measurement; `mode` as there."""
-    return median_ms(call, DEVICE, SETTINGS, mode) / calls
-
-
 def failure(error: Exception) -> str:
     """The end of an error as a row keeps it: that a variant does not compile or run is a result."""
     return f"{type(error).__name__}: {error}"[-400:]
@@ -63,9 +58,12 @@ def compiled_to(kernel: Any) -> Row:
 
 
 def timed(call: Callable[[], object], mode: str = "graph_cold", calls: int = 1) -> Row:
-    """The `milliseconds` of a variant, or why it cannot run."""
+    """Median milliseconds of one of `calls` units of work, or why it cannot run.
+
+    By the timer of every measurement; `mode` as there.
+    """
     try:
-        return {"ms": milliseconds(call, mode, calls)}
+        return {"ms": median_ms(call, DEVICE, SETTINGS, mode) / calls}
     except Exception as error:  # whatever a variant raises, see `failure`
         return {"message": failure(error)}
 

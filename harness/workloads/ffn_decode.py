@@ -105,12 +105,7 @@ def _report_method(
     min_bytes = roofline.decode_min_bytes(group.shape, group.tokens, itemsize, channels, row_bytes)
     # Of the products the function needs, each of a channel that some token keeps; far below the traffic here.
     flops = 2.0 * group.tokens * group.shape.d_model * (group.shape.d_ffn + 2 * channels)
-    floor = roofline.floor_ms(flops, min_bytes, bench.ceilings, group.dtype_name)
-    bench.report.measure(planned.point, "flops", flops)
-    bench.report.measure(planned.point, "min_bytes", min_bytes)
-    share = roofline.pct_of_roofline(floor, time.value)
-    if share is not None:
-        bench.report.measure(planned.point, "pct_of_roofline", share)
+    bench.report_roofline(planned.point, flops, min_bytes, bench.ceilings, time.value)
     bench.finish(planned, times)
 
 

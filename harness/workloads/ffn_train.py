@@ -146,21 +146,14 @@ def _largest(value: int) -> Estimate:
 def _report_roofline(
     bench: _TrainBench, ready: _ReadyMethod, measured_saved: float | None, step_ms: float
 ) -> None:
-    """Counts and the share of the floor, of the step; what is unknown has no row."""
+    """Counts and the share of the floor, of the step."""
     group = bench.group
     flops = _count_flops(bench, ready)
     declared = ready.planned.declared_saved_bytes(group)
     saved = declared if declared is not None else measured_saved
     traffic = roofline.train_min_bytes(group.shape, group.tokens, group.dtype.itemsize, saved)
     min_bytes = None if traffic is None else traffic.step * group.n_layers
-    floor = roofline.floor_ms(flops, min_bytes, bench.ceilings, group.dtype_name)
-    for metric, value in (
-        ("flops", flops),
-        ("min_bytes", min_bytes),
-        ("pct_of_roofline", roofline.pct_of_roofline(floor, step_ms)),
-    ):
-        if value is not None:
-            bench.report.measure(ready.planned.point, metric, float(value))
+    bench.report_roofline(ready.planned.point, flops, min_bytes, bench.ceilings, step_ms)
 
 
 def _count_flops(bench: _TrainBench, ready: _ReadyMethod) -> int | None:

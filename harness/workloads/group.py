@@ -21,6 +21,7 @@ from harness.measure.ffn import DTYPES, FfnTensors, ffn_weights
 from harness.measure.gate_data import chunk_rows
 from harness.measure.launch import TimedMethod, first_call_seconds
 from harness.measure.memory import is_out_of_memory
+from harness.measure.roofline import Ceilings, floor_ms, pct_of_roofline
 from harness.measure.timing import MethodFailed, PairedTimes, TimingSettings, time_paired
 from harness.sweep.catalog import ALIGNMENT
 from harness.sweep.model import Measure
@@ -326,6 +327,16 @@ class Bench:
         unsettled = times.unsettled(planned.name, self.timing)
         detail = join_notes(self.group.alignment_note, unsettled, *times.notes)
         self.report.finish(planned.point, "unstable" if unsettled else "ok", detail)
+
+    def report_roofline(
+        self, point: Point, flops: float | None, min_bytes: float | None, ceilings: Ceilings, ms: float
+    ) -> None:
+        """Counts and the share of the floor in a time; what is unknown has no row."""
+        floor = floor_ms(flops, min_bytes, ceilings, self.group.dtype_name)
+        rows = {"flops": flops, "min_bytes": min_bytes, "pct_of_roofline": pct_of_roofline(floor, ms)}
+        for metric, value in rows.items():
+            if value is not None:
+                self.report.measure(point, metric, float(value))
 
     def report_overflow(self, planned: PlannedMethod, x: Tensor, w_gate: Tensor) -> None:
         """For a `threshold` rule: the share of the channels above the threshold that its cap left out."""

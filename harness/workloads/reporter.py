@@ -60,7 +60,7 @@ class Measured(BaseModel):
 
 
 class EventReporter:
-    """What a workload calls to say what it measured: events and rows come of it.
+    """What a workload calls to say what it measured; turns that into events and rows.
 
     Every row gets the point's columns and the conditions (device, environment, time) here, so no workload
     can forget them.

@@ -15,10 +15,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from harness.measure.stats import MIN_SAMPLES, Estimate, Verdict, bootstrap, median, paired_ratio
 from harness.measure.timing import PairedTimes, TimingSettings
@@ -153,9 +152,7 @@ def unpaired_speedup(base: ArrayLike, head: ArrayLike, seed: int = 0) -> Estimat
         return Estimate(value, math.nan, math.nan, count, name)
     if np.ptp(first) == 0 and np.ptp(second) == 0:
         return Estimate(value, value, value, count, name)
-    low, high = bootstrap((first, second), _ratio_of_medians, seed, vectorized=True)
+    low, high = bootstrap(
+        (first, second), lambda a, b, axis: np.median(a, axis) / np.median(b, axis), seed, vectorized=True
+    )
     return Estimate(value, low, high, count, name)
-
-
-def _ratio_of_medians(first: NDArray[np.float64], second: NDArray[np.float64], axis: int = -1) -> Any:
-    return np.median(first, axis=axis) / np.median(second, axis=axis)
