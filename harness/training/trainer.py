@@ -134,8 +134,8 @@ class Trainer:
 
     `compile_loss` puts the loss, that is the whole model, through torch.compile. Evaluation always runs the
     uncompiled model: compiling it as well would cost more than it saves. `measure_peak` is given a function
-    that runs a few ordinary training steps and returns their peak memory in bytes. `on_evaluation` hears of
-    each evaluation with the percent of the training it stands for.
+    that runs a few ordinary training steps and returns their peak memory in bytes. `on_evaluation` is called
+    after each evaluation with the percent of the training it stands for.
     """
 
     def __init__(

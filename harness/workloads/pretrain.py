@@ -17,14 +17,8 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
+from harness.measure import memory
 from harness.measure.clocks import ClockReader, Conditions, TimingConditions
-from harness.measure.memory import (
-    is_out_of_memory,
-    peak_bytes,
-    peak_rss_over_start_bytes,
-    resident_bytes,
-    saved_bytes,
-)
 from harness.measure.stats import Estimate, bootstrap, median_estimate, rate, without_interval
 from harness.measure.union import LARGEST_BATCH, union_shares
 from harness.sweep.point import Point
@@ -72,7 +66,7 @@ def run(job: Job, report: EventReporter) -> None:
     except DivergedError as error:
         report.finish(point, "wrong", str(error))
     except RuntimeError as error:
-        if is_out_of_memory(error) and not isinstance(error, torch.OutOfMemoryError):
+        if memory.is_out_of_memory(error) and not isinstance(error, torch.OutOfMemoryError):
             raise MemoryError(str(error)) from error  # the CPU allocator has no error of its own
         raise
 
@@ -168,7 +162,7 @@ def _saved_bytes_per_token(model: Llama, point: Point, device: torch.device, com
     forward = torch.compile(layer, mode=get_method(point.method).compile_mode) if compiled else layer
     x = torch.randn(1, SAVED_TOKENS, point.d_model, device=device, requires_grad=True)
     with autocast(device, point.dtype):
-        saved = saved_bytes(lambda: forward(x), layer.parameters(), [x])
+        saved = memory.saved_bytes(lambda: forward(x), layer.parameters(), [x])
     return saved.activation_bytes / SAVED_TOKENS
 
 
@@ -209,23 +203,23 @@ class PeakMeter:
         self._cuda = device.type == "cuda"
         # The first optimizer of a process imports this: 147 MB of code that belongs to no model.
         importlib.import_module("torch._dynamo")
-        self._start = torch.cuda.memory_allocated() if self._cuda else resident_bytes()
+        self._start = torch.cuda.memory_allocated() if self._cuda else memory.resident_bytes()
         self.metric = "peak_allocated_bytes" if self._cuda else "peak_rss_over_start_bytes"
         self.detail = ""
 
     def measure(self, run_steps: Callable[[], object]) -> int:
         """Run the steps once and return their peak in bytes."""
         if self._cuda:
-            peak = peak_bytes(run_steps)
+            peak = memory.peak_bytes(run_steps)
             standing, over = peak.start_bytes - self._start, peak.over_start_bytes
         else:
             resident = [0]
 
             def noted() -> None:
-                resident[0] = resident_bytes()  # here, because what can be freed has been by now
+                resident[0] = memory.resident_bytes()  # here, because what can be freed has been by now
                 run_steps()
 
-            over = peak_rss_over_start_bytes(noted)
+            over = memory.peak_rss_over_start_bytes(noted)
             standing = max(0, resident[0] - self._start)
         self.detail = f"of which {standing} bytes stood before the steps (weights, optimizer state)"
         return standing + over
