@@ -221,6 +221,7 @@ _ON_TRITON: dict[str, Any] = {
 }
 _INT8: dict[str, Any] = {
     "is_dense": False,  # its weights are rounded, so it is no exact dense baseline
+    "reference": _later("moc.layers.int8:int8_reference"),
     "compile": False,  # a compiled layer would not see that its int8 weights are out of date
     "dtypes": frozenset(DECODE_DTYPES),
     "device_types": _CUDA,
@@ -271,7 +272,7 @@ METHODS: dict[str, Method] = {
             reference=_reference("act_prune_forward_backward"),
             saved_bytes_per_token=_compact_bytes,
         ),
-        _dense("dense_int8", "Int8FFN", reference=_later("moc.layers.int8:dense_int8_reference"), **_INT8),
-        _moc("moc_int8", "Int8FFN", reference=_later("moc.layers.int8:moc_int8_reference"), **_INT8),
+        _dense("dense_int8", "Int8FFN", **_INT8),
+        _moc("moc_int8", "Int8FFN", **_INT8),
     )
 }

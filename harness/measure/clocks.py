@@ -115,7 +115,7 @@ def open_nvml() -> Any:
     """The initialised `pynvml` module, or None where the library or the driver is missing."""
     try:
         with warnings.catch_warnings():
-            # An old package of the same name announces its end.
+            # An old package of the same name warns that it is deprecated.
             warnings.simplefilter("ignore", FutureWarning)
             import pynvml
     except ImportError:

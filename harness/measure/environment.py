@@ -34,9 +34,9 @@ def environment_record(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "os": f"{platform.system()} {platform.machine()}",
         "torch": torch.__version__,
-        "triton": _version("triton"),
-        "numpy": _version("numpy"),
-        "scipy": _version("scipy"),
+        "triton": installed_version("triton"),
+        "numpy": installed_version("numpy"),
+        "scipy": installed_version("scipy"),
         "cpu_model": _cpu_model(),
         "cpu_cores": _cores(),
         "torch_threads": torch.get_num_threads(),
@@ -122,7 +122,8 @@ def _cores() -> int:
     return len(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else psutil.cpu_count() or 1
 
 
-def _version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
+    """The version of a package; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -4,7 +4,7 @@ Two bounds, for y, dx, dw_gate, dw_up and dw_down alike:
 
 1. the relative Frobenius error, by the table `TOLERANCE`, finds numerics that are wrong everywhere;
 2. the largest error of a single element finds what a norm hides: one channel too few of 2000, a swapped tie,
-   a tail that nobody wrote.
+   a tail that was never written.
 
 Nothing is allowed for channels that rounding could swap, since the inputs (`harness.measure.gate_data`) leave
 none. Free device memory is filled with NaN first, so that an unwritten output cannot pass by luck.
@@ -142,10 +142,7 @@ def _inputs(
 
 
 def _outputs(
-    run: Callable[[Tensor], Tensor],
-    weights: Mapping[str, nn.Parameter],
-    data: FfnTensors,
-    backward: bool,
+    run: Callable[[Tensor], Tensor], weights: Mapping[str, nn.Parameter], data: FfnTensors, backward: bool
 ) -> dict[str, Tensor | None]:
     """What the method makes of the data, by the names of NAMES; only y without `backward`."""
     with torch.no_grad():

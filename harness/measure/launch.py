@@ -181,7 +181,7 @@ class CudaSampler:
 
 
 class L2Flush:
-    """Leaves the L2 full of clean lines nobody needs.
+    """Fills the L2 with clean lines of unrelated data.
 
     A write pass over four times the L2 (its size is the device's own figure) evicts everything. It leaves the
     cache full of *dirty* lines, whose write-back would be charged to the work that follows (50 MB at 3 TB/s
@@ -202,11 +202,7 @@ class _EventTimer:
     """Times `call` with CUDA events behind a backlog that is long enough, see `CudaSampler`."""
 
     def __init__(
-        self,
-        before: list[Callable[[], object]],
-        call: Callable[[], object],
-        units: int,
-        cycles_per_ms: float,
+        self, before: list[Callable[[], object]], call: Callable[[], object], units: int, cycles_per_ms: float
     ) -> None:
         self._before = before
         self._call = call

@@ -201,8 +201,5 @@ def store_ceilings(device: torch.device, ceilings: Ceilings) -> None:
 def _ceilings_path(device: torch.device) -> Path:
     identity = f"-{gpu_identity()}" if device.type == "cuda" else ""
     name = f"{device_name(device.type)}{identity}-torch-{torch.__version__}"
-    return (
-        cache_folder()
-        / "ceilings"
-        / ("".join(c if c.isalnum() or c in ".-+" else "_" for c in name) + ".json")
-    )
+    file = "".join(c if c.isalnum() or c in ".-+" else "_" for c in name)
+    return cache_folder() / "ceilings" / f"{file}.json"

@@ -1,4 +1,4 @@
-"""Does the judge tell the truth? A method against itself, and against itself slowed down by a known amount.
+"""Error rates of the judge: a method against itself, and against itself slowed down by a known amount.
 
 A trial asks the judge of `mocbench compare` about one pair: it takes paired rounds until the stopping rule is
 content, gives a verdict, and takes more rounds where it wants another look. Many trials give the rates at
@@ -7,7 +7,7 @@ which verdicts are wrong:
 - nothing injected (A/A): every verdict that is not SAME is a false alarm;
 - 1, 3 or 5 % injected: every verdict that is not SLOW is a miss, of a real change of that size.
 
-The judge is an argument, since this package knows of no verdicts: `harness.doctor` passes that of `compare`.
+The judge is an argument, since this package defines no verdicts: `harness.doctor` passes that of `compare`.
 One thing differs from `compare`: each look takes new rounds of the same two captured calls, where `compare`
 opens both sides anew, elsewhere in memory.
 

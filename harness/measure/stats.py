@@ -8,8 +8,9 @@ noise is one-sided: an interrupted sample is far too long, none is far too short
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import scipy.stats
@@ -56,16 +57,17 @@ def median_estimate(
         return Estimate(value, math.nan, math.nan, values.size, statistic)
     if np.ptp(values) == 0.0:
         return Estimate(value, value, value, values.size, statistic)
-    interval = scipy.stats.bootstrap(
-        (values,),
-        np.median,
-        n_resamples=n_resamples,
-        vectorized=True,
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return Estimate(value, float(interval.low), float(interval.high), values.size, statistic)
+    low, high = bootstrap((values,), np.median, seed, n_resamples=n_resamples, vectorized=True)
+    return Estimate(value, low, high, values.size, statistic)
+
+
+def bootstrap(
+    samples: tuple[NDArray[np.float64], ...], statistic: Callable[..., Any], seed: int, **options: Any
+) -> tuple[float, float]:
+    """Ends of the 95 % percentile bootstrap interval of a statistic; `options` are SciPy's."""
+    options = {"n_resamples": RESAMPLES, "confidence_level": CONFIDENCE, "method": "percentile", **options}
+    found = scipy.stats.bootstrap(samples, statistic, rng=np.random.default_rng(seed), **options)
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
 def paired_ratio(
@@ -74,9 +76,14 @@ def paired_ratio(
     """Speed-up of `other` over `base`: the median of the ratios base/other of each round.
 
     `base[i]` and `other[i]` are times of one round, taken moments apart, so a clock that drifts over rounds
-    cancels in each ratio; it would not cancel in a ratio of two medians. Raises ValueError as `_pairs` does.
+    cancels in each ratio; it would not cancel in a ratio of two medians. Raises ValueError if they are not
+    aligned or not positive times.
     """
-    first, second = _pairs(base, other)
+    first, second = np.asarray(base, dtype=np.float64), np.asarray(other, dtype=np.float64)
+    if first.shape != second.shape:
+        raise ValueError(f"paired samples must be aligned by round, got {first.shape} and {second.shape}")
+    if not ((first > 0).all() and (second > 0).all()):
+        raise ValueError("paired samples must be positive times")
     return median_estimate(first / second, seed, n_resamples=n_resamples, statistic="median_paired_ratio")
 
 
@@ -89,12 +96,8 @@ def rate(amount: float, time: Estimate) -> Estimate:
 
 def scaled(estimate: Estimate, factor: float) -> Estimate:
     """The same number in another unit."""
-    return replace(
-        estimate,
-        value=estimate.value * factor,
-        ci_low=estimate.ci_low * factor,
-        ci_high=estimate.ci_high * factor,
-    )
+    value, low, high = (factor * number for number in (estimate.value, estimate.ci_low, estimate.ci_high))
+    return replace(estimate, value=value, ci_low=low, ci_high=high)
 
 
 def median(samples: ArrayLike) -> float:
@@ -108,13 +111,3 @@ def relative_half_width(estimate: Estimate) -> float:
     if not math.isfinite(width) or estimate.value == 0.0:
         return math.inf
     return width / abs(estimate.value)
-
-
-def _pairs(first: ArrayLike, second: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Both as arrays. Raises ValueError if they are not aligned or not positive times."""
-    a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
-    if a.shape != b.shape:
-        raise ValueError(f"paired samples must be aligned by round, got {a.shape} and {b.shape}")
-    if not ((a > 0).all() and (b > 0).all()):
-        raise ValueError("paired samples must be positive times")
-    return a, b

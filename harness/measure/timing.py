@@ -1,8 +1,8 @@
 """Paired timing: methods alternate within one process until their ratios are known well enough.
 
 A round samples every method once. Rounds come in pairs, the second in the reverse order of the first
-(ABBA), so a clock that drifts steadily favours nobody; each pair has its own shuffled order, so nobody always
-runs after the same method. Ratios are taken within rounds, see `harness.measure.stats.paired_ratio`.
+(ABBA), so a clock that drifts steadily favours no method; each pair has its own shuffled order, so no method
+always runs after the same one. Ratios are taken within rounds, see `harness.measure.stats.paired_ratio`.
 """
 
 from __future__ import annotations

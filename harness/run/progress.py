@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from types import TracebackType
 
 from rich.console import Console
 from rich.markup import escape
@@ -57,9 +56,7 @@ class SweepProgress:
             self._console.print(f"{self._total} points, {self._already} already measured", highlight=False)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self._bar.stop()
 
     def advance(self, point: Point, fraction: float, text: str) -> None:

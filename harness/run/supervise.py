@@ -107,14 +107,7 @@ def run_job(
 class _Trial:
     """One child process and what it has said so far."""
 
-    def __init__(
-        self,
-        job: Job,
-        folder: Path,
-        limits: Limits,
-        listener: Listener,
-        device_name: str,
-    ) -> None:
+    def __init__(self, job: Job, folder: Path, limits: Limits, listener: Listener, device_name: str) -> None:
         self._job = job
         self._limits = limits
         self._listener = listener
@@ -136,9 +129,7 @@ class _Trial:
         oom_kills = _oom_kills()
         with self._log.open("wb") as log:
             process = GuardedProcess(
-                [*command, str(self._path)],
-                log,
-                {**os.environ, "PYTHONUNBUFFERED": "1", **environment},
+                [*command, str(self._path)], log, {**os.environ, "PYTHONUNBUFFERED": "1", **environment}
             )
             try:
                 verdict = self._watch(process)

@@ -11,7 +11,6 @@ import pwd
 import shutil
 import subprocess
 from pathlib import Path
-from types import TracebackType
 
 
 class NoPostgresError(OSError):
@@ -44,9 +43,7 @@ class PrivatePostgres:
         self.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.stop()
 
     def start(self) -> None:

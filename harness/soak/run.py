@@ -186,12 +186,7 @@ class _Crew:
 
 
 def _kill_at_random(
-    crew: _Crew,
-    verdict: Verdict,
-    store: RowStore,
-    kills: int,
-    chance: random.Random,
-    weights: dict[str, int],
+    crew: _Crew, verdict: Verdict, store: RowStore, kills: int, chance: random.Random, weights: dict[str, int]
 ) -> set[str]:
     """Kill at moments spread over the first nine tenths of the sweep; the points that were seen finished.
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,19 +25,10 @@ from harness.training.checkpoint import Checkpoints
 from harness.training.data.batches import EvaluationText, TrainingBatches, evaluation_text
 from harness.training.data.dataset import TokenDataset
 from harness.training.step_clock import StepClock
+from moc.llama import Llama
 
 WARM_UP_STEPS = 3  # compilation, cuBLAS and allocator set-up; not the warm-up of the learning rate
 MEMORY_STEPS = 2  # a step's peak repeats exactly, a second one catches what only a filled cache needs
-
-
-class LanguageModel(Protocol):
-    """What training asks of a model; `moc.llama.Llama` is one."""
-
-    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Mean nats per token of [B, S] targets, differentiable."""
-
-    def token_losses(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Nats of each target, [B, S] fp32, without gradient."""
 
 
 class DivergedError(RuntimeError):
@@ -143,13 +134,13 @@ class Trainer:
 
     `compile_loss` puts the loss, that is the whole model, through torch.compile. Evaluation always runs the
     uncompiled model: compiling it as well would cost more than it saves. `measure_peak` is given a function
-    that runs a few ordinary training steps and returns their peak memory in bytes. `on_evaluation` hears of
-    each evaluation with the percent of the training it stands for.
+    that runs a few ordinary training steps and returns their peak memory in bytes. `on_evaluation` is called
+    after each evaluation with the percent of the training it stands for.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Llama,
         dataset: TokenDataset,
         config: TrainConfig,
         device: torch.device,
@@ -165,9 +156,7 @@ class Trainer:
         self.result = TrainResult()
         self._model = model.to(device)
         self._device = device
-        language_model = cast(LanguageModel, model)
-        loss = language_model.loss
-        self._loss = torch.compile(loss, mode=compile_mode) if compile_loss else loss
+        self._loss = torch.compile(model.loss, mode=compile_mode) if compile_loss else model.loss
         self._optimizer = make_optimizer(model, config)
         self._batches = TrainingBatches(
             dataset.train, config.seq_len, config.tokens_per_step // config.seq_len, config.seed
@@ -283,10 +272,9 @@ class Trainer:
 
 
 def evaluate(
-    model: nn.Module, text: EvaluationText, device: torch.device, dtype: str, tokens_per_batch: int
+    model: Llama, text: EvaluationText, device: torch.device, dtype: str, tokens_per_batch: int
 ) -> NDArray[np.float64]:
     """Mean nats per token of each window of the evaluation text, [n], computed without gradient."""
-    language_model = cast(LanguageModel, model)
     count, length = text.windows.shape[0], text.windows.shape[1] - 1
     rows = max(1, tokens_per_batch // length)
     losses = []
@@ -295,7 +283,7 @@ def evaluate(
     with torch.no_grad(), autocast(device, dtype):
         for start in range(0, count, rows):
             inputs, targets = _to_device(text.windows[start : start + rows], device)
-            losses.append(language_model.token_losses(inputs, targets).double().mean(dim=1).cpu())
+            losses.append(model.token_losses(inputs, targets).double().mean(dim=1).cpu())
     model.train(training)
     return torch.cat(losses).numpy()
 

@@ -2,7 +2,7 @@
 
     python -m harness.tuning.decode OUT.jsonl [--shapes 1b,7b,70b] [--tokens 1,4,16] [--seconds 120]
 
-Every candidate is compiled and checked against the reference in parallel processes; those that are right are
+Every layout is compiled and checked against the reference in parallel processes; those that are right are
 timed, then the changes to today's layout that helped alone are tried together. Weights rotate: a call is one
 step with each of so many copies that what a step reads is four times the L2 cache in all. Times are medians,
 per step. The dense network by cuBLAS, gate and up in one product or two, is timed in the same way. One line
@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from harness.measure.launch import rotated_copies
 from harness.tuning.layouts import layouts
-from harness.tuning.trials import DEVICE, DTYPE, Row, check_all, compiled_to, failure, milliseconds, written
+from harness.tuning.trials import DEVICE, DTYPE, Row, check_all, compiled_to, print_groups, timed, write_rows
 from moc.kernels import decode
 from moc.kernels.decode_launch import DecodeTiling, Rows, decode_pass
 from moc.layers.int8 import dequantize_rows, quantize_rows
@@ -44,12 +44,13 @@ SHAPES = {  # d, d_ffn
     "7b": (4096, 11008),
     "70b": (8192, 28672),
 }
+Step = Callable[[Rows], object]  # of decoding, with these weights
 RULES = ("nm:2:8", "nm:12:64", "topk:0.1875", "dense")
-CHECKED_D = 2048  # width the candidates are checked at; they are not compiled for it
+CHECKED_D = 2048  # width the layouts are checked at; they are not compiled for it
 
 
 @dataclass(frozen=True)
-class Candidate:
+class Variant:
     """One layout at one width, for one token or several."""
 
     rule: str
@@ -64,23 +65,23 @@ class Candidate:
         return None if self.rule == "dense" else parse_selection(self.rule)
 
 
-def check(candidate: Candidate) -> Row:
-    """Compile a candidate and compare it with the reference, on gates that are exact and full of ties."""
+def check(variant: Variant) -> Row:
+    """Compile a layout and compare it with the reference, on gates that are exact and full of ties."""
     torch.manual_seed(0)
-    size = (candidate.d_ffn, CHECKED_D)
+    size = (variant.d_ffn, CHECKED_D)
     w_gate = torch.randint(-1, 2, size, device=DEVICE).to(DTYPE) / 32
     w_up, w_down = (torch.randn(size, device=DEVICE, dtype=DTYPE) / size[1] ** 0.5 for _ in range(2))
     rows = Rows(w_gate, w_up, w_down)
-    if candidate.int8:
+    if variant.int8:
         rows = int8_rows((w_gate, w_up, w_down))
         w_gate, w_up, w_down = (dequantize_rows(*quantize_rows(w)) for w in (w_gate, w_up, w_down))
     errors = [0.0]
-    for tokens in (2, 5, 16) if candidate.several else (1,):
+    for tokens in (2, 5, 16) if variant.several else (1,):
         x = torch.randint(-1, 2, (tokens, CHECKED_D), device=DEVICE).to(DTYPE)
-        selection = candidate.selection
+        selection = variant.selection
         y, overflow = torch.full_like(x, math.nan), torch.zeros((), dtype=torch.int64, device=DEVICE)
         for _ in range(2):
-            decode_pass(x, rows, selection, y, overflow if selection else None, candidate.tiling)
+            decode_pass(x, rows, selection, y, overflow if selection else None, variant.tiling)
         if selection is None:
             expected = dense_forward(x, w_gate, w_up, w_down)
         else:
@@ -122,18 +123,19 @@ class Copies:
             kept = statistics.mean(float(select_mask(g, selection).any(dim=0).sum()) for g in gates)
         return (self.d_ffn + 2 * kept) * self.d * (1 if self.int8 else 2)
 
-    def microseconds(self, step: Callable[[Rows], object], step_bytes: float) -> float:
-        """Median time of a step."""
+    def timed(self, step: Step, step_bytes: float) -> Row:
+        """Median time of a step, and the rate at which it reads so many bytes."""
         used = self.rows[: rotated_copies(step_bytes, DEVICE)]
 
         def steps() -> None:
             for rows in used:
                 step(rows)
 
-        return 1e3 * milliseconds(steps, "graph_rotated", len(used))
+        row = timed(steps, "graph_rotated", len(used))
+        return row | {"gb_s": step_bytes / row["ms"] / 1e6} if "ms" in row else row
 
 
-def dense_step(x: Tensor, joined: bool) -> Callable[[Rows], Tensor]:
+def dense_step(x: Tensor, joined: bool) -> Step:
     """A dense step by cuBLAS, gate and up in one product or two."""
 
     def step(rows: Rows) -> Tensor:
@@ -156,23 +158,18 @@ class Group:
     rule: str
     tokens: int
 
-    def candidate(self, tiling: DecodeTiling) -> Candidate:
+    def variant(self, tiling: DecodeTiling) -> Variant:
         """One of them."""
-        return Candidate(self.rule, SHAPES[self.shape][1], self.tokens > 1, self.int8, tiling)
-
-    def row(self, kind: str, **values: Any) -> Row:
-        """A row of results."""
-        weights = "int8" if self.int8 else "bf16"
-        return {
-            "shape": self.shape, "weights": weights, "rule": self.rule, "tokens": self.tokens,
-            "kind": kind, **values,
-        }  # fmt: skip
+        return Variant(self.rule, SHAPES[self.shape][1], self.tokens > 1, self.int8, tiling)
 
 
 Tilings = dict[Group, list[DecodeTiling]]
+Place = tuple[Group, DecodeTiling | None]  # where a row belongs; None: what is compared with the layouts
 
 
-def time_all(tilings: Tilings, checked: dict[Candidate, Any], kind: str, end: float) -> Iterator[Row]:
+def time_all(
+    tilings: Tilings, checked: dict[Variant, Row], kind: str, end: float
+) -> Iterator[tuple[Row, Place]]:
     """A row for each layout, shape by shape, until the time `end`; wrong ones are rows without a time."""
     for shape, int8 in dict.fromkeys((group.shape, group.int8) for group in tilings):
         copies = Copies(*SHAPES[shape], int8)
@@ -180,129 +177,93 @@ def time_all(tilings: Tilings, checked: dict[Candidate, Any], kind: str, end: fl
             if time.monotonic() > end:
                 print(f"out of time for {group}", flush=True)
                 continue
-            candidates = [group.candidate(tiling) for tiling in tilings[group]]
             x = torch.randn(group.tokens, copies.d, device=DEVICE, dtype=DTYPE)
-            selection = candidates[0].selection if candidates else None
-            step_bytes = copies.step_bytes(x, selection)
-            for candidate in candidates:
-                row = group.row(kind, tiling=asdict(candidate.tiling), **checked[candidate])
+            variants = [group.variant(tiling) for tiling in tilings[group]]
+            step_bytes = copies.step_bytes(x, variants[0].selection) if variants else 0.0
+            for variant in variants:
+                row = {**asdict(group), "kind": kind, "tiling": asdict(variant.tiling), **checked[variant]}
                 if row["error"] < 6e-3:
-                    row |= _timed(copies, rows_step(x, candidate), step_bytes)
-                yield row
+                    row |= copies.timed(rows_step(x, variant), step_bytes)
+                yield row, (group, variant.tiling)
             if kind == "rows" and not int8:
-                yield from time_others(copies, group, x)
+                for name, step in other_steps(group, x).items():
+                    found = copies.timed(step, 6.0 * copies.d * copies.d_ffn)
+                    yield {**asdict(group), "kind": name, **found}, (group, None)
         del copies
         torch.cuda.empty_cache()
 
 
-def rows_step(x: Tensor, candidate: Candidate) -> Callable[[Rows], object]:
+def rows_step(x: Tensor, variant: Variant) -> Step:
     """A step of the decoding kernels."""
     y, overflow = torch.empty_like(x), torch.zeros((), dtype=torch.int64, device=DEVICE)
-    selection = candidate.selection
+    selection = variant.selection
     given = overflow if selection else None
-    return lambda rows: decode_pass(x, rows, selection, y, given, candidate.tiling)
+    return lambda rows: decode_pass(x, rows, selection, y, given, variant.tiling)
 
 
-def time_others(copies: Copies, group: Group, x: Tensor) -> Iterator[Row]:
-    """Rows of what is not a layout: the dense network by cuBLAS, and what a layer runs for more tokens."""
-    step_bytes = 6.0 * copies.d * copies.d_ffn
+def other_steps(group: Group, x: Tensor) -> dict[str, Step]:
+    """What is not a layout: the dense network by cuBLAS, or what a layer runs for more tokens."""
     if group.rule == "dense":
-        for joined in (False, True):
-            yield group.row("cublas", **_timed(copies, dense_step(x, joined), step_bytes))
-        return
+        return {"cublas": dense_step(x, joined=False), "cublas_joined": dense_step(x, joined=True)}
     rule = parse_selection(group.rule)
 
     def gemm(rows: Rows) -> object:
         with torch.no_grad():
             return triton_moc_ffn(x, rows.gate, rows.up, rows.down, rule)
 
-    yield group.row("gemm", **_timed(copies, gemm, step_bytes))
+    return {"gemm": gemm}
 
 
-def _timed(copies: Copies, step: Callable[[Rows], object], step_bytes: float) -> Row:
-    try:
-        us = copies.microseconds(step, step_bytes)
-    except Exception as error:  # whatever a variant raises, see `failure`
-        return {"message": failure(error)}
-    return {"us": us, "gb_s": step_bytes / us / 1e3}
-
-
-def combined(tilings: Tilings, rows: list[Row]) -> Tilings:
+def combined(tilings: Tilings, times: dict[Place, float]) -> Tilings:
     """Today's layouts with what helped alone by 1 % or more: the best two changes, the best three, all."""
     found: Tilings = {}
     for group, tried in tilings.items():
-        key = group.row("rows")
-        known = [asdict(tiling) for tiling in tried]
-        times = {
-            known.index(row["tiling"]): row["us"]
-            for row in rows
-            if "us" in row and "tiling" in row and key.items() <= row.items()
-        }
-        if 0 not in times:
+        known = {tiling: times[group, tiling] for tiling in tried if (group, tiling) in times}
+        today = tried[0]
+        if today not in known:
             continue
-        better = sorted((us, i) for i, us in times.items() if us < 0.99 * times[0])
+        better = sorted((t for t in known if known[t] < 0.99 * known[today]), key=known.__getitem__)
         merged_all = []
         for count in (2, 3, len(better)):
-            merged = tried[0]
-            for _us, i in reversed(better[:count]):  # the best last: it has the last word
-                changed = {k: v for k, v in vars(tried[i]).items() if v != getattr(tried[0], k)}
-                merged = replace(merged, **changed)
+            merged = today
+            for tiling in reversed(better[:count]):  # the best last: its changes take precedence
+                merged = replace(merged, **{k: v for k, v in vars(tiling).items() if v != getattr(today, k)})
             merged_all.append(merged)
         found[group] = [tiling for tiling in dict.fromkeys(merged_all) if tiling not in tried]
     return found
 
 
-def measure(groups: Sequence[Group], processes: int, seconds: float) -> Iterator[Row]:
+def measure(groups: Sequence[Group], seconds: float) -> Iterator[Row]:
     """Everything, while there is time."""
     start = time.monotonic()
-    end = start + seconds
     tilings = {group: layouts(group.rule, SHAPES[group.shape][1], group.tokens > 1) for group in groups}
-    rows = []
-    for row in _phase("rows", tilings, processes, start, end):
-        rows.append(row)
-        yield row
-    yield from _phase("combined", combined(tilings, rows), processes, start, end)
+    times: dict[Place, float] = {}
+    for kind in ("rows", "combined"):
+        if kind == "combined":
+            tilings = combined(tilings, times)
+        variants = list(dict.fromkeys(g.variant(t) for g, found in tilings.items() for t in found))
+        if not variants or time.monotonic() > start + seconds:
+            return
+        checked = check_all(check, variants)
+        passed = time.monotonic() - start
+        print(f"{len(variants)} layouts ({kind}) compiled and checked by {passed:.0f} s", flush=True)
+        for row, place in time_all(tilings, checked, kind, start + seconds):
+            if "ms" in row:
+                times[place] = row["ms"]
+            yield row
 
 
-def _phase(kind: str, tilings: Tilings, processes: int, start: float, end: float) -> Iterator[Row]:
-    candidates = list(dict.fromkeys(g.candidate(t) for g, found in tilings.items() for t in found))
-    if candidates and time.monotonic() < end:
-        checked = check_all(check, candidates, processes)
-        seconds = time.monotonic() - start
-        print(f"{len(candidates)} layouts ({kind}) compiled and checked by {seconds:.0f} s", flush=True)
-        yield from time_all(tilings, checked, kind, end)
-
-
-def report(rows: list[Row], shown: int) -> None:
-    """Print each group's fastest layouts, today's, wrong ones, and what the dense network takes."""
+def report(rows: list[Row]) -> None:
+    """Print each group's fastest layouts, today's and wrong ones, each with its speed-up over dense bf16."""
     dense: dict[tuple[str, int], float] = {}
     for row in rows:
-        if row["kind"] == "cublas":
+        if row["kind"].startswith("cublas") and "ms" in row:
             case = row["shape"], row["tokens"]
-            dense[case] = min(dense.get(case, math.inf), row.get("us", math.inf))
-    for key in dict.fromkeys((r["shape"], r["weights"], r["rule"], r["tokens"]) for r in rows):
-        group = [r for r in rows if (r["shape"], r["weights"], r["rule"], r["tokens"]) == key]
-        best_dense = dense.get((key[0], key[3]), math.nan)
-        print(f"== {' '.join(map(str, key))}: dense bf16 {best_dense:.1f} us")
-        layouts_ = [r for r in group if "tiling" in r]
-        today = layouts_[0]["tiling"] if layouts_ else {}
-        timed = sorted((r for r in group if "us" in r), key=lambda r: r["us"])
-        for row in group:
-            is_today = row.get("tiling") == today and row["kind"] == "rows"
-            if row in timed[:shown] or is_today or row["kind"] in ("gemm", "cublas") or "us" not in row:
-                changed = {k: v for k, v in row.get("tiling", {}).items() if v != today.get(k)}
-                text = " ".join(f"{name} {_short(value)}" for name, value in changed.items())
-                numbers = f"WRONG {row.get('error', math.nan):.3g} {row.get('message', '')}"
-                if "us" in row:
-                    numbers = f"{row['us']:8.2f} us {row['gb_s']:6.0f} GB/s {best_dense / row['us']:5.2f} x"
-                print(
-                    f"  {row['kind']:8} {numbers} regs {row.get('registers')} spills {row.get('spills')}"
-                    f" {'<- today ' + str(today) if is_today else text}"
-                )
-
-
-def _short(value: object) -> str:
-    return ",".join(str(int(v)) for v in value.values()) if isinstance(value, dict) else str(value)
+            dense[case] = min(dense.get(case, math.inf), row["ms"])
+    for row in rows:
+        if "ms" in row and (row["shape"], row["tokens"]) in dense:
+            row["over_dense"] = dense[row["shape"], row["tokens"]] / row["ms"]
+    print_groups(rows, ("shape", "int8", "rule", "tokens"))
 
 
 def main(
@@ -310,24 +271,17 @@ def main(
     shapes: Annotated[str, typer.Option(help="of " + ", ".join(SHAPES))] = "1b,7b,70b",
     rules: str = ",".join(RULES),
     tokens: str = "1,4,16",
-    int8: Annotated[bool, typer.Option(help="also int8 weights, of every rule but nm:12:64")] = True,
     seconds: Annotated[float, typer.Option(help="start nothing after this long")] = 180.0,
-    processes: Annotated[int, typer.Option(help="that compile and check")] = 16,
-    shown: Annotated[int, typer.Option(help="layouts of each group that are printed")] = 5,
 ) -> None:
     """Which layout of the decoding kernels is fastest on this GPU, and for up to how many tokens."""
     groups = [
-        Group(shape, narrow, rule, int(count))
-        for shape, narrow, count, rule in itertools.product(
+        Group(shape, int8, rule, int(count))
+        for shape, int8, count, rule in itertools.product(
             shapes.split(","), (False, True), tokens.split(","), rules.split(",")
         )
-        if not narrow or (int8 and rule != "nm:12:64")
+        if not (int8 and rule == "nm:12:64")
     ]
-    rows: list[Row] = []
-    try:
-        rows.extend(written(measure(groups, processes, seconds), out))
-    finally:
-        report(rows, shown)
+    write_rows(measure(groups, seconds), out, report)
 
 
 if __name__ == "__main__":

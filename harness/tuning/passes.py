@@ -2,13 +2,13 @@
 
     python -m harness.tuning.passes OUT.jsonl [--shapes 1b,130m] [--seconds 240]
 
-Every candidate is compiled and checked against the reference in parallel processes; those that are right are
+Every variant is compiled and checked against the reference in parallel processes; those that are right are
 timed. With the fastest ones a whole forward and backward is timed for several chunk lengths, beside its GEMMs
 alone and the compiled method `dense_fused`. One line of JSON per measurement goes to OUT.jsonl, a table to
 the terminal. Times are medians, each call a CUDA graph that finds the L2 cache flushed.
 
 It decides: `select_tiling` and `EXPAND_TILING` of moc/kernels/passes.py; the chunk bytes of
-moc/ops/triton_ffn.py; and from the rows "gemms" what joining w_gate and w_up is worth.
+moc/ops/triton_ffn.py; and from the rows "gemm" what joining w_gate and w_up is worth.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from harness.measure.ffn import FfnTensors, TrainingCalls, ffn_weights, natural_tensors
 from harness.measure.roofline import ensure_ceilings
-from harness.tuning.trials import DEVICE, DTYPE, Row, check_all, compiled_to, milliseconds, written
+from harness.tuning.trials import DEVICE, DTYPE, Row, check_all, compiled_to, print_groups, timed, write_rows
 from moc.config import FfnShape
 from moc.kernels import passes
 from moc.kernels.passes import EXPAND_TILING, Kept, Tiling, expand_pass, select_pass, select_tiling
@@ -50,7 +50,7 @@ CHUNK_MB = (32, 64, 96, 192, 4096)  # the last: one chunk
 
 
 @dataclass(frozen=True)
-class Candidate:
+class Variant:
     """One variant of a pass at one row length."""
 
     kind: str  # select or expand
@@ -65,7 +65,7 @@ class Candidate:
         return self.kind, self.rule, self.d_ffn, self.fp8
 
 
-def candidates(d_ffn: int) -> Iterator[Candidate]:
+def variants(d_ffn: int) -> Iterator[Variant]:
     """What is tried at a row length; the first of each group is what runs today."""
     for rule in RULES:
         today = select_tiling(d_ffn, parse_selection(rule), packed=True)
@@ -77,40 +77,38 @@ def candidates(d_ffn: int) -> Iterator[Candidate]:
             tilings += [replace(today, guess=False), replace(today, rows=today.rows // 2, vector=1)]
             if today.num_warps > 1:
                 tilings.append(replace(today, num_warps=today.num_warps // 2, rows=today.rows // 2))
-        yield from (Candidate("select", rule, d_ffn, tiling) for tiling in dict.fromkeys(tilings))
-    yield Candidate(
-        "select", RULES[0], d_ffn, select_tiling(d_ffn, parse_selection(RULES[0]), True), fp8=True
-    )
+        yield from (Variant("select", rule, d_ffn, tiling) for tiling in dict.fromkeys(tilings))
+    yield Variant("select", RULES[0], d_ffn, select_tiling(d_ffn, parse_selection(RULES[0]), True), fp8=True)
     tilings = [EXPAND_TILING]
     for warps, rows in itertools.product((1, 2, 4), (8, 16)):
         tilings.append(Tiling(warps, rows * warps, 8))
-    yield from (Candidate("expand", RULES[0], d_ffn, tiling) for tiling in dict.fromkeys(tilings))
-    yield Candidate("expand", RULES[0], d_ffn, EXPAND_TILING, fp8=True)
+    yield from (Variant("expand", RULES[0], d_ffn, tiling) for tiling in dict.fromkeys(tilings))
+    yield Variant("expand", RULES[0], d_ffn, EXPAND_TILING, fp8=True)
 
 
 class Rows:
-    """Buffers of a candidate for some tokens, and its launch."""
+    """Buffers of a variant for some tokens, and its launch."""
 
-    def __init__(self, candidate: Candidate, n_tokens: int) -> None:
-        self.candidate, self.rule = candidate, parse_selection(candidate.rule)
-        d_ffn, k = candidate.d_ffn, self.rule.k(candidate.d_ffn)
-        dtype = torch.float8_e4m3fn if candidate.fp8 else DTYPE
+    def __init__(self, variant: Variant, n_tokens: int) -> None:
+        self.variant, self.rule = variant, parse_selection(variant.rule)
+        d_ffn, k = variant.d_ffn, self.rule.k(variant.d_ffn)
+        dtype = torch.float8_e4m3fn if variant.fp8 else DTYPE
         self.g, self.u = torch.randn(n_tokens, 2 * d_ffn, device=DEVICE, dtype=DTYPE).split(d_ffn, dim=1)
         self.z = torch.randn(n_tokens, d_ffn, device=DEVICE, dtype=DTYPE)
         self.kept = Kept(
             torch.zeros(n_tokens, k, 2, device=DEVICE, dtype=dtype),
             torch.zeros(n_tokens, n_words(d_ffn), device=DEVICE, dtype=torch.int32),
-            torch.zeros(n_tokens, 2, device=DEVICE) if candidate.fp8 else None,
+            torch.zeros(n_tokens, 2, device=DEVICE) if variant.fp8 else None,
         )
         self.overflow = torch.zeros((), device=DEVICE, dtype=torch.int64)
-        if candidate.kind == "expand":
+        if variant.kind == "expand":
             select_pass(self.g, self.u, self.z, self.rule, self.kept, self.overflow)
             self.dz = torch.randn(n_tokens, d_ffn, device=DEVICE, dtype=DTYPE)
 
     def launch(self) -> None:
         """The pass, once."""
-        tiling = self.candidate.tiling
-        if self.candidate.kind == "select":
+        tiling = self.variant.tiling
+        if self.variant.kind == "select":
             select_pass(self.g, self.u, self.z, self.rule, self.kept, self.overflow, tiling)
         else:
             expand_pass(self.dz, self.kept, self.g, self.u, self.z, tiling)
@@ -125,25 +123,25 @@ class Rows:
     def least_bytes(self) -> int:
         """What a launch must read and write."""
         kept = (t.nbytes for t in (self.kept.pairs, self.kept.bitmask, self.kept.scales) if t is not None)
-        full = (3 if self.candidate.kind == "select" else 4) * self.z.nbytes
+        full = (3 if self.variant.kind == "select" else 4) * self.z.nbytes
         return sum(kept) + full
 
 
-def check(candidate: Candidate, n_tokens: int = 200) -> Row:
-    """Compile a candidate, compare some rows of it with the reference, and say what it compiled to."""
+def check(variant: Variant, n_tokens: int = 200) -> Row:
+    """Compile a variant, compare some rows of it with the reference, and say what it compiled to."""
     torch.manual_seed(0)
-    rows = Rows(candidate, n_tokens)
-    if candidate.kind == "select":
+    rows = Rows(variant, n_tokens)
+    if variant.kind == "select":
         mask = select_mask(rows.g, rows.rule)
         rows.launch()
         kept = torch.stack((rows.g[mask], rows.u[mask]), dim=1)
         errors = [
-            float(not torch.equal(unpack_bitmask(rows.kept.bitmask, candidate.d_ffn), mask)),
+            float(not torch.equal(unpack_bitmask(rows.kept.bitmask, variant.d_ffn), mask)),
             _error(rows.z, mask * F.silu(rows.g.double()) * rows.u.double()),
-            _error(rows.kept_pairs(), kept) / (10 if candidate.fp8 else 1),
+            _error(rows.kept_pairs(), kept) / (10 if variant.fp8 else 1),
         ]
     else:
-        mask = unpack_bitmask(rows.kept.bitmask, candidate.d_ffn)
+        mask = unpack_bitmask(rows.kept.bitmask, variant.d_ffn)
         gate, up = torch.zeros_like(rows.dz).double(), torch.zeros_like(rows.dz).double()
         gate[mask], up[mask] = rows.kept_pairs().T
         gate.requires_grad_()
@@ -152,7 +150,7 @@ def check(candidate: Candidate, n_tokens: int = 200) -> Row:
         dg, du = torch.autograd.grad(z, (gate, up), rows.dz.double() * mask)
         rows.launch()
         errors = [_error(rows.z, z), _error(rows.g, dg), _error(rows.u, du)]
-    kernel = passes.select_fwd_kernel if candidate.kind == "select" else passes.expand_bwd_kernel
+    kernel = passes.select_fwd_kernel if variant.kind == "select" else passes.expand_bwd_kernel
     return {"error": max(errors), **compiled_to(kernel)}
 
 
@@ -161,8 +159,8 @@ def _error(actual: Tensor, expected: Tensor) -> float:
     return float((actual.double() - expected).norm() / expected.norm())
 
 
-def gemms(n_tokens: int, d: int, d_ffn: int) -> dict[str, float]:
-    """Milliseconds of the layer's GEMMs over all tokens, with gate and up joined and not."""
+def gemms(n_tokens: int, d: int, d_ffn: int) -> dict[str, Row]:
+    """Times of the layer's GEMMs over all tokens, with gate and up joined and not."""
     x, dx, dy = (torch.randn(n_tokens, d, device=DEVICE, dtype=DTYPE) for _ in range(3))
     w_gu, w, dw = (
         torch.randn(n, d, device=DEVICE, dtype=DTYPE) / d**0.5 for n in (2 * d_ffn, d_ffn, 2 * d_ffn)
@@ -181,7 +179,7 @@ def gemms(n_tokens: int, d: int, d_ffn: int) -> dict[str, float]:
         "dw_down": lambda: torch.mm(z.T, dy, out=dw[:d_ffn]),
         "join_weights": lambda: torch.cat((w_gate, w_up)),
     }
-    return {name: milliseconds(launch) for name, launch in launches.items()}
+    return {name: timed(launch) for name, launch in launches.items()}
 
 
 def dense_step(tensors: FfnTensors, shape: FfnShape) -> Callable[[], object]:
@@ -201,9 +199,8 @@ def moc_step(tensors: FfnTensors, rule: str, layout: Layout) -> Callable[[], obj
     weights = tensors.w_gate, tensors.w_up, tensors.w_down
 
     def step() -> object:
-        _y, pairs, scales, bitmask, _overflow = forward_in_chunks(x, *weights, selection, False, True, layout)
-        kept = pairs, scales, bitmask
-        return backward_in_chunks(dy, x, *kept, *weights, selection.two_of_four, layout)
+        _y, pairs, scales, bitmask, _overflow = forward_in_chunks(x, weights, selection, False, True, layout)
+        return backward_in_chunks(dy, x, (pairs, scales, bitmask), weights, selection.two_of_four, layout)
 
     return step
 
@@ -231,7 +228,7 @@ def gemm_step(tensors: FfnTensors, chunks: Sequence[slice]) -> Callable[[], obje
     return step
 
 
-def steps(name: str, rule: str, select: Tiling, expand: Tiling) -> Iterator[Row]:
+def steps(name: str, rule: str, select: Tiling, expand: Tiling, dense_ms: float) -> Iterator[Row]:
     """Step times of a shape by chunk length, of its GEMMs alone in the same chunks, and peak memory."""
     tensors = step_tensors(name)
     for megabytes in CHUNK_MB:
@@ -241,10 +238,11 @@ def steps(name: str, rule: str, select: Tiling, expand: Tiling) -> Iterator[Row]
         before = torch.cuda.memory_allocated()
         step()
         peak = torch.cuda.max_memory_allocated() - before
+        ms = timed(step)["ms"]
         chunks = chunking.chunks(len(tensors.x), len(tensors.w_gate) * DTYPE.itemsize)
         yield {
             "kind": "step", "shape": name, "rule": rule, "chunk_mb": megabytes, "peak_bytes": peak,
-            "step_ms": milliseconds(step), "step_ms_gemms": milliseconds(gemm_step(tensors, chunks)),
+            "ms": ms, "over_dense": dense_ms / ms, "gemms_ms": timed(gemm_step(tensors, chunks))["ms"],
         }  # fmt: skip
 
 
@@ -256,19 +254,21 @@ def step_tensors(name: str) -> FfnTensors:
     return tensors
 
 
-def measure(names: Sequence[str], seconds: float, processes: int) -> Iterator[Row]:
+def measure(names: Sequence[str], seconds: float) -> Iterator[Row]:
     """Everything, shape by shape; steps only while there is time."""
     start = time.monotonic()
-    every = list(dict.fromkeys(c for name in names for c in candidates(SHAPES[name][2])))
-    checked = check_all(check, every, processes)
+    every = list(dict.fromkeys(c for name in names for c in variants(SHAPES[name][2])))
+    checked = check_all(check, every)
     print(f"{len(every)} variants compiled and checked in {time.monotonic() - start:.0f} s", flush=True)
     fastest: dict[tuple[str, str, int, bool], tuple[float, Tiling]] = {}
+    dense: dict[str, Row] = {}
     for name in names:
-        for row, candidate in time_passes(name, checked):
-            if row.get("ms", math.inf) < fastest.get(candidate.group, (math.inf,))[0]:
-                fastest[candidate.group] = row["ms"], candidate.tiling
+        for row, variant in time_passes(name, checked):
+            if row.get("ms", math.inf) < fastest.get(variant.group, (math.inf,))[0]:
+                fastest[variant.group] = row["ms"], variant.tiling
             yield row
-        yield {"kind": "gemms", "shape": name, **gemms(*SHAPES[name])}
+        for part, row in gemms(*SHAPES[name]).items():
+            yield {"kind": "gemm", "shape": name, "of": part, **row}
         torch.cuda.empty_cache()
     for name, rule in itertools.product(names, RULES):
         _n_tokens, d, d_ffn = SHAPES[name]
@@ -277,66 +277,38 @@ def measure(names: Sequence[str], seconds: float, processes: int) -> Iterator[Ro
         if time.monotonic() - start > seconds or select is None or expand is None:
             print(f"no steps of {name} {rule}: {seconds:.0f} s are over or no variant is right", flush=True)
             continue
-        if rule == RULES[0]:
-            launch = dense_step(step_tensors(name), FfnShape(d, d_ffn))
-            yield {"kind": "dense", "shape": name, "step_ms": milliseconds(launch)}
-        yield from steps(name, rule, select[1], expand[1])
+        if name not in dense:
+            dense[name] = timed(dense_step(step_tensors(name), FfnShape(d, d_ffn)))
+            yield {"kind": "dense", "shape": name, **dense[name]}
+        yield from steps(name, rule, select[1], expand[1], dense[name]["ms"])
         torch.cuda.empty_cache()
 
 
-def time_passes(name: str, checked: dict[Candidate, Row]) -> Iterator[tuple[Row, Candidate]]:
+def time_passes(name: str, checked: dict[Variant, Row]) -> Iterator[tuple[Row, Variant]]:
     """A row for each variant of a shape's passes; wrong ones are rows without a time."""
     n_tokens, _d, d_ffn = SHAPES[name]
     bytes_per_ms = ensure_ceilings(DEVICE).copy_bytes_per_s / 1e3
-    for candidate in candidates(d_ffn):
-        row = {**asdict(candidate), "shape": name, **checked[candidate]}
+    for variant in variants(d_ffn):
+        row = {**asdict(variant), "shape": name, **checked[variant]}
         if row["error"] < 5e-3:
-            rows = Rows(candidate, n_tokens)
-            row |= {"ms": milliseconds(rows.launch), "floor_ms": rows.least_bytes() / bytes_per_ms}
+            rows = Rows(variant, n_tokens)
+            row |= {**timed(rows.launch), "floor_ms": rows.least_bytes() / bytes_per_ms}
             del rows
-        yield row, candidate
+        yield row, variant
 
 
-def report(results: list[Row]) -> None:
-    """Print what matters: today's variant beside the fastest three, wrong ones, GEMMs, and the best steps."""
-    passes = [row for row in results if row["kind"] in ("select", "expand")]
-    for key in dict.fromkeys((row["shape"], row["kind"], row["rule"], row["fp8"]) for row in passes):
-        group = [row for row in passes if (row["shape"], row["kind"], row["rule"], row["fp8"]) == key]
-        timed = sorted((row for row in group if "ms" in row), key=lambda row: row["ms"])
-        shown = [row for row in group if row is group[0] or row in timed[:3] or "ms" not in row]
-        for row in shown:
-            tiling = " ".join(f"{name} {int(value)}" for name, value in row["tiling"].items())
-            numbers = (
-                f"{row['ms']:.3f} ms (floor {row['floor_ms']:.3f})"
-                if "ms" in row
-                else f"WRONG {row['error']:.3g} {row.get('message', '')}"
-            )
-            print(
-                f"{key[0]:5}{key[1]} {key[2]:12}{'fp8 ' if key[3] else '    '}{numbers} {tiling} registers"
-                f" {row.get('registers')} spills {row.get('spills')}{' <- today' if row is group[0] else ''}"
-            )
-    for row in results:
-        if row["kind"] == "gemms":
-            print({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()})
-    dense = {row["shape"]: row["step_ms"] for row in results if row["kind"] == "dense"}
-    for shape, rule in dict.fromkeys((row["shape"], row["rule"]) for row in results if row["kind"] == "step"):
-        group = [r for r in results if r["kind"] == "step" and (r["shape"], r["rule"]) == (shape, rule)]
-        for row in sorted(group, key=lambda row: row["step_ms"])[:5]:
-            print(
-                f"{shape:5}{rule:12} chunks of {row['chunk_mb']:4} MB: step"
-                f" {row['step_ms']:.3f} ms, its GEMMs {row['step_ms_gemms']:.3f}, dense {dense[shape]:.3f}:"
-                f" {dense[shape] / row['step_ms']:.3f} x; peak {row['peak_bytes'] / 1e6:.0f} MB"
-            )
+def report(rows: list[Row]) -> None:
+    """Print today's variant, the fastest and wrong ones, GEMMs, and steps by length of the chunks."""
+    print_groups(rows, ("shape", "kind", "rule", "fp8"), shown=3)
 
 
 def main(
     out: Annotated[Path, typer.Argument(help="where the measurements go, a line of JSON each")],
     shapes: Annotated[str, typer.Option(help="of " + ", ".join(SHAPES))] = ",".join(SHAPES),
     seconds: Annotated[float, typer.Option(help="time no step after this long")] = 240.0,
-    processes: Annotated[int, typer.Option(help="that compile and check")] = 12,
 ) -> None:
     """Which variant of each pass is fastest on this GPU, and how long the chunks should be."""
-    report(list(written(measure(shapes.split(","), seconds, processes), out)))
+    write_rows(measure(shapes.split(","), seconds), out, report)
 
 
 if __name__ == "__main__":

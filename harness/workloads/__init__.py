@@ -1,2 +1,2 @@
 """What a trial measures: each module has `run(job, report)`, which measures the job's points
-and reports them through the reporter of `harness.workloads.job`."""
+and reports them through an `EventReporter`."""

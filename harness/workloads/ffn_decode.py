@@ -20,25 +20,9 @@ from harness.measure import roofline
 from harness.measure.ffn import FfnTensors, decoding_call, weight_copies, with_weights
 from harness.measure.launch import TimedMethod, load_libraries
 from harness.measure.timing import PairedTimes
-from harness.workloads.group import (
-    Bench,
-    Group,
-    PlannedMethod,
-    check_layer,
-    compiled,
-    finish_timed,
-    frozen,
-    make_layer,
-    open_group,
-    plan_methods,
-    ready_methods,
-    report_compile_time,
-    report_rate,
-    report_speedup,
-    report_time,
-    time_methods,
-)
-from harness.workloads.job import Job, Reporter
+from harness.workloads.group import Bench, Group, PlannedMethod, frozen, open_group
+from harness.workloads.job import Job
+from harness.workloads.reporter import EventReporter
 from moc.reference import select_mask
 
 _GATE_DRAWS = 8  # a gate on one token sees little
@@ -71,16 +55,11 @@ class _ReadyMethod:
         return TimedMethod(self.planned.name, self.call, anchor=dense, calls=len(self.layers))
 
 
-def run(job: Job, report: Reporter) -> None:
+def run(job: Job, report: EventReporter) -> None:
     """Measure the points of a group; see the module. Raises as `harness.workloads.ffn_train.run` does."""
     group = open_group(job)
     load_libraries(group.device, group.dtype)
-    planned = plan_methods(group, report, train=False)
-    if group.n_layers != 1:
-        reason = f"ffn_decode measures one layer, not n_layers={group.n_layers}"
-        for one in planned:
-            report.finish(one.point, "unsupported", reason)
-        return
+    planned = group.plan(report)
     if not planned:
         return
     leanest = min(planned, key=lambda method: _least_read(group, method))
@@ -89,8 +68,8 @@ def run(job: Job, report: Reporter) -> None:
         _least_read(group, leanest), group.shape, group.tokens, group.dtype, group.device, group.seed
     )
     bench = _DecodeBench(group, job.measure, report, copies, roofline.ensure_ceilings(group.device))
-    ready = ready_methods(bench, planned, lambda method: _prepare(bench, method))
-    ready, times = time_methods(bench, ready, ("latency",), _ReadyMethod.timed, group.rotated_mode)
+    ready = bench.ready_methods(planned, lambda method: _prepare(bench, method))
+    ready, times = bench.time_methods(ready, ("latency",), _ReadyMethod.timed, group.rotated_mode)
     for method in ready:
         report.start(method.planned.point)
         _report_method(bench, method, ready, times["latency"])
@@ -102,13 +81,13 @@ def _least_read(group: Group, planned: PlannedMethod) -> float:
 
 def _prepare(bench: _DecodeBench, planned: PlannedMethod) -> _ReadyMethod:
     group = bench.group
-    first = make_layer(group, planned, bench.copies[0])
+    first = group.make_layer(planned, bench.copies[0])
     others = (with_weights(first, tensors) for tensors in bench.copies[1:])
     plain = [frozen(layer) for layer in (first, *others)]
-    layers = [compiled(group, planned, layer) for layer in plain]
+    layers = [group.compiled(planned, layer) for layer in plain]
     call = decoding_call(layers, bench.x)
-    report_compile_time(bench, planned, call)
-    check_layer(bench, planned, layers[0], plain[0], [(group.tokens, _GATE_DRAWS)], backward=False)
+    bench.report_compile_time(planned, call)
+    bench.check_layer(planned, layers[0], plain[0], [(group.tokens, _GATE_DRAWS)], backward=False)
     return _ReadyMethod(planned, layers, call)
 
 
@@ -117,22 +96,17 @@ def _report_method(
 ) -> None:
     """All remaining rows of one method, and its point finished."""
     group, planned = bench.group, ready.planned
-    time = report_time(bench, planned, "latency_us", times, per_ms=1e3)
-    report_rate(bench, planned, group.tokens, times)
-    report_speedup(bench, planned, others, times)
+    time = bench.report_time(planned, "latency_us", times, per_ms=1e3)
+    bench.report_rate(planned, group.tokens, times)
+    bench.report_speedup(planned, others, times)
     channels = _channels_read(bench, ready)
     itemsize = group.dtype.itemsize
     row_bytes = planned.method.row_bytes(group.shape.d_model, itemsize)
     min_bytes = roofline.decode_min_bytes(group.shape, group.tokens, itemsize, channels, row_bytes)
     # Of the products the function needs, each of a channel that some token keeps; far below the traffic here.
     flops = 2.0 * group.tokens * group.shape.d_model * (group.shape.d_ffn + 2 * channels)
-    floor = roofline.floor_ms(flops, min_bytes, bench.ceilings, group.dtype_name)
-    bench.report.measure(planned.point, "flops", flops)
-    bench.report.measure(planned.point, "min_bytes", min_bytes)
-    share = roofline.pct_of_roofline(floor, time.value)
-    if share is not None:
-        bench.report.measure(planned.point, "pct_of_roofline", share)
-    finish_timed(bench, planned, times)
+    bench.report_roofline(planned.point, flops, min_bytes, bench.ceilings, time.value)
+    bench.finish(planned, times)
 
 
 def _channels_read(bench: _DecodeBench, ready: _ReadyMethod) -> int:

@@ -17,25 +17,9 @@ from harness.measure.ffn import FfnTensors, TrainingCalls, ffn_weights, natural_
 from harness.measure.launch import TimedMethod, load_libraries
 from harness.measure.stats import Estimate, without_interval
 from harness.measure.timing import PairedTimes
-from harness.workloads.group import (
-    Bench,
-    PlannedMethod,
-    check_layer,
-    compiled,
-    finish_timed,
-    join_notes,
-    make_layer,
-    open_group,
-    plan_methods,
-    ready_methods,
-    report_compile_time,
-    report_overflow,
-    report_rate,
-    report_speedup,
-    report_time,
-    time_methods,
-)
-from harness.workloads.job import Job, Reporter
+from harness.workloads.group import Bench, PlannedMethod, join_notes, open_group
+from harness.workloads.job import Job
+from harness.workloads.reporter import EventReporter
 
 _QUANTITIES = ("forward", "backward", "step")
 _HIDDEN_SLACK = 2**20  # bytes: what rounding many blocks up to 512 bytes may add
@@ -72,7 +56,7 @@ class _ReadyMethod:
         return TimedMethod(self.planned.name, work, prepare, anchor=self.planned.method.is_dense)
 
 
-def run(job: Job, report: Reporter) -> None:
+def run(job: Job, report: EventReporter) -> None:
     """Measure the points of a group; see the module.
 
     Raises ValueError if the job's points are not one group, and whatever a method raises that is neither a
@@ -86,9 +70,9 @@ def run(job: Job, report: Reporter) -> None:
     ]
     tensors[0].x.requires_grad_()
     bench = _TrainBench(group, job.measure, report, tensors, roofline.ensure_ceilings(group.device))
-    planned = plan_methods(group, report, train=True)
-    ready = ready_methods(bench, planned, lambda method: _prepare(bench, method))
-    ready, times = time_methods(bench, ready, _QUANTITIES, _ReadyMethod.timed, group.timing_mode)
+    planned = group.plan(report)
+    ready = bench.ready_methods(planned, lambda method: _prepare(bench, method))
+    ready, times = bench.time_methods(ready, _QUANTITIES, _ReadyMethod.timed, group.timing_mode)
     for method in ready:
         report.start(method.planned.point)
         _report_method(bench, method, ready, times)
@@ -96,13 +80,13 @@ def run(job: Job, report: Reporter) -> None:
 
 def _prepare(bench: _TrainBench, planned: PlannedMethod) -> _ReadyMethod:
     group = bench.group
-    layers = nn.Sequential(*(make_layer(group, planned, tensors) for tensors in bench.tensors))
-    whole = compiled(group, planned, layers[0] if len(layers) == 1 else layers)
+    layers = nn.Sequential(*(group.make_layer(planned, tensors) for tensors in bench.tensors))
+    whole = group.compiled(planned, layers[0] if len(layers) == 1 else layers)
     weights = [weight for layer in layers for weight in ffn_weights(layer, group.shape).values()]
     calls = TrainingCalls(whole, weights, bench.x, bench.dy)
-    report_compile_time(bench, planned, calls.step)
-    one = whole if len(layers) == 1 else compiled(group, planned, layers[0])
-    check_layer(bench, planned, one, layers[0], [(group.tokens, 1)])
+    bench.report_compile_time(planned, calls.step)
+    one = whole if len(layers) == 1 else group.compiled(planned, layers[0])
+    bench.check_layer(planned, one, layers[0], [(group.tokens, 1)])
     return _ReadyMethod(planned, layers, calls)
 
 
@@ -112,14 +96,14 @@ def _report_method(
     """All remaining rows of one method, and its point finished."""
     planned, step = ready.planned, times["step"]
     found = {
-        quantity: report_time(bench, planned, f"{quantity}_ms", times[quantity]) for quantity in _QUANTITIES
+        quantity: bench.report_time(planned, f"{quantity}_ms", times[quantity]) for quantity in _QUANTITIES
     }
-    report_rate(bench, planned, bench.group.tokens, step)
-    report_speedup(bench, planned, others, step)
-    report_overflow(bench, planned, bench.x.detach(), bench.tensors[0].w_gate)
+    bench.report_rate(planned, bench.group.tokens, step)
+    bench.report_speedup(planned, others, step)
+    bench.report_overflow(planned, bench.x.detach(), bench.tensors[0].w_gate)
     saved = _report_memory(bench, ready) if bench.settings.memory else None
     _report_roofline(bench, ready, saved, found["step"].value)
-    finish_timed(bench, planned, step)
+    bench.finish(planned, step)
 
 
 def _report_memory(bench: _TrainBench, ready: _ReadyMethod) -> float:
@@ -162,21 +146,14 @@ def _largest(value: int) -> Estimate:
 def _report_roofline(
     bench: _TrainBench, ready: _ReadyMethod, measured_saved: float | None, step_ms: float
 ) -> None:
-    """Counts and the share of the floor, of the step; what is unknown has no row."""
+    """Counts and the share of the floor, of the step."""
     group = bench.group
     flops = _count_flops(bench, ready)
     declared = ready.planned.declared_saved_bytes(group)
     saved = declared if declared is not None else measured_saved
     traffic = roofline.train_min_bytes(group.shape, group.tokens, group.dtype.itemsize, saved)
     min_bytes = None if traffic is None else traffic.step * group.n_layers
-    floor = roofline.floor_ms(flops, min_bytes, bench.ceilings, group.dtype_name)
-    for metric, value in (
-        ("flops", flops),
-        ("min_bytes", min_bytes),
-        ("pct_of_roofline", roofline.pct_of_roofline(floor, step_ms)),
-    ):
-        if value is not None:
-            bench.report.measure(ready.planned.point, metric, float(value))
+    bench.report_roofline(ready.planned.point, flops, min_bytes, bench.ceilings, step_ms)
 
 
 def _count_flops(bench: _TrainBench, ready: _ReadyMethod) -> int | None:

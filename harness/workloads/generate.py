@@ -24,26 +24,9 @@ from harness.sweep.point import Point
 from harness.sweep.support import model_config
 from harness.workloads.generate_gate import Truth, check_decoding, find_truth
 from harness.workloads.generate_model import ffn_tensors, model_on, random_weights
-from harness.workloads.group import (
-    Bench,
-    PlannedMethod,
-    UnsupportedMethod,
-    WrongMethod,
-    check_layer,
-    compiled,
-    finish_timed,
-    frozen,
-    make_layer,
-    open_group,
-    plan_methods,
-    ready_methods,
-    report_compile_time,
-    report_rate,
-    report_speedup,
-    report_time,
-    time_methods,
-)
-from harness.workloads.job import Job, Reporter
+from harness.workloads.group import Bench, PlannedMethod, UnsupportedMethod, WrongMethod, frozen, open_group
+from harness.workloads.job import Job
+from harness.workloads.reporter import EventReporter
 from moc.config import LlamaConfig
 from moc.decoding import GreedyDecoder, cache_length
 
@@ -108,7 +91,7 @@ class _ReadyMethod:
         return TimedMethod(name, self.decoder.step, self.rewind, anchor=anchor, repeats=NEW_TOKENS)
 
 
-def run(job: Job, report: Reporter) -> None:
+def run(job: Job, report: EventReporter) -> None:
     """Measure the points of a group; see the module. Raises as `harness.workloads.ffn_train.run` does, and
     ValueError naming a field that a `generate` point lacks."""
     group = open_group(job)
@@ -120,10 +103,10 @@ def run(job: Job, report: Reporter) -> None:
     size = (group.points[0].batch, _total(group.points[0]))
     tokens = torch.randint(config.vocab_size, size, generator=generator, device=group.device)
     bench = _GenerateBench(group, job.measure, report, config, weights, tokens, {})
-    planned = plan_methods(group, report, train=False)
-    ready = ready_methods(bench, planned, lambda method: _prepare(bench, method))
+    planned = group.plan(report)
+    ready = bench.ready_methods(planned, lambda method: _prepare(bench, method))
     bench.truths.clear()
-    ready, times = time_methods(bench, ready, _QUANTITIES, _ReadyMethod.timed, group.rotated_mode)
+    ready, times = bench.time_methods(ready, _QUANTITIES, _ReadyMethod.timed, group.rotated_mode)
     note = _cache_note(bench)
     times = {name: replace(found, notes=(*found.notes, *note)) for name, found in times.items()}
     for method in ready:
@@ -154,20 +137,20 @@ def _checked_decoder(bench: _GenerateBench, planned: PlannedMethod) -> GreedyDec
     Raises WrongMethod if it does not.
     """
     group, config, prompt = bench.group, bench.config, bench.prompt
-    layer = make_layer(group, planned)
+    layer = group.make_layer(planned)
     draws = [(bench.batch, _GATE_DRAWS), (prompt.numel(), 1)]
-    check_layer(bench, planned, layer, layer, draws, backward=False)
+    bench.check_layer(planned, layer, layer, draws, backward=False)
     ffns = [frozen(with_weights(layer, ffn_tensors(bench.weights, n))) for n in range(config.n_layers)]
     del layer
     model = model_on(config, bench.weights, ffns)
-    compile_step = functools.partial(compiled, group, planned)
+    compile_step = functools.partial(group.compiled, planned)
     decoder = GreedyDecoder(model, bench.batch, bench.tokens.shape[1], compile_step)
 
     def prompt_and_token() -> None:
         decoder.prefill(prompt)
         decoder.step()
 
-    report_compile_time(bench, planned, prompt_and_token)
+    bench.report_compile_time(planned, prompt_and_token)
     if bench.settings.gate:
         _check_decoding(bench, planned, decoder)
     return decoder
@@ -222,8 +205,8 @@ def _report_method(
 ) -> None:
     """All remaining rows of one method, and its point finished."""
     planned, decode = ready.planned, times["decode"]
-    report_time(bench, planned, "latency_ms", decode)
-    report_time(bench, planned, "time_to_first_token_ms", times["first"])
-    report_rate(bench, planned, bench.batch, decode)
-    report_speedup(bench, planned, others, decode)
-    finish_timed(bench, planned, decode)
+    bench.report_time(planned, "latency_ms", decode)
+    bench.report_time(planned, "time_to_first_token_ms", times["first"])
+    bench.report_rate(planned, bench.batch, decode)
+    bench.report_speedup(planned, others, decode)
+    bench.finish(planned, decode)

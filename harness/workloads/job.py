@@ -9,19 +9,14 @@ which point was at work and keeps what was finished before.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import Annotated, Any
 
 import pydantic
 from pydantic.dataclasses import dataclass
 
 from harness.sweep.model import Measure
 from harness.sweep.point import Point
-
-if TYPE_CHECKING:
-    from harness.measure.clocks import TimingConditions
-    from harness.measure.stats import Estimate
 
 
 def _point_fields(value: Any) -> Any:
@@ -61,42 +56,6 @@ class Job:
 
 
 _JOB = pydantic.TypeAdapter(Job)
-
-
-class Reporter(Protocol):
-    """What a workload calls to say what it measured. `harness.workloads.reporter` implements it."""
-
-    def start(self, point: Point) -> None:
-        """This point is about to use the device: if the process dies now, this point is to blame."""
-
-    def measure(
-        self,
-        point: Point,
-        metric: str,
-        number: Estimate | float,
-        *,
-        conditions: TimingConditions | None = None,
-        status: str = "ok",
-        detail: str = "",
-    ) -> None:
-        """One row of the point: a metric named in `harness.sweep.metrics.METRICS`, and its number.
-
-        A plain number has neither an interval nor samples. `conditions` are those of timed work.
-        """
-
-    def samples(
-        self, point: Point, metric: str, values: Sequence[float], x: Sequence[float] | None = None
-    ) -> None:
-        """Raw samples behind a row, or a curve. `x` gives the round or the tokens seen of each sample."""
-
-    def progress(self, point: Point, fraction: float, text: str = "") -> None:
-        """How far the point is, 0 to 1, for the progress bar."""
-
-    def intermediate(self, point: Point, percent: int, values: dict[str, float]) -> None:
-        """What a training has reached after `percent` of its tokens, by metric: a pruner may end it there."""
-
-    def finish(self, point: Point, status: str = "ok", detail: str = "") -> None:
-        """The point is done; its rows become durable. `status` is one of `harness.sweep.metrics.STATUSES`."""
 
 
 def write_job(job: Job, path: Path) -> None:

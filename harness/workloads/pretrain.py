@@ -14,30 +14,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import scipy.stats
 import torch
 from numpy.typing import ArrayLike
 
+from harness.measure import memory
 from harness.measure.clocks import ClockReader, Conditions, TimingConditions
-from harness.measure.memory import (
-    is_out_of_memory,
-    peak_bytes,
-    peak_rss_over_start_bytes,
-    resident_bytes,
-    saved_bytes,
-)
-from harness.measure.stats import (
-    CONFIDENCE,
-    RESAMPLES,
-    Estimate,
-    median_estimate,
-    rate,
-    without_interval,
-)
+from harness.measure.stats import Estimate, bootstrap, median_estimate, rate, without_interval
 from harness.measure.union import LARGEST_BATCH, union_shares
-from harness.sweep.catalog import TRAINING_DTYPES
 from harness.sweep.point import Point
-from harness.sweep.support import _given, model_config
+from harness.sweep.support import _given, model_config, unsupported_reason
 from harness.training.checkpoint import Checkpoints
 from harness.training.data import prepare
 from harness.training.data.batches import bits_per_byte
@@ -50,18 +35,18 @@ from harness.training.trainer import (
     autocast,
     evaluate,
 )
-from harness.workloads.job import Job, Reporter
-from moc.config import LlamaConfig
+from harness.workloads.job import Job
+from harness.workloads.reporter import EventReporter
 from moc.llama import Llama
-from moc.methods import Method, get_method
-from moc.selection import Selection, parse_selection
+from moc.methods import get_method
+from moc.selection import Selection
 
 CURVE_POINTS = 400  # of the training-loss curve: what a plot can show
 SAVED_TOKENS = 1024  # saved bytes are linear in the tokens, so a small batch tells
 CLOCK_SECONDS = 1.0  # between two readings of the card's conditions
 
 
-def run(job: Job, report: Reporter) -> None:
+def run(job: Job, report: EventReporter) -> None:
     """Measure the job's one point.
 
     A method that cannot run the point, or a dtype that cannot be trained, is `unsupported`; a loss that is
@@ -72,19 +57,16 @@ def run(job: Job, report: Reporter) -> None:
         raise ValueError(f"pretrain measures one point per job, not {len(job.points)}")
     point = job.points[0]
     report.start(point)
-    method = get_method(point.method)
-    selection = parse_selection(point.selection) if point.selection is not None else None
-    config = model_config(point)
-    reason = _unsupported(point, method, selection, config, job.device)
+    reason = unsupported_reason(point, job.device)
     if reason is not None:
         report.finish(point, "unsupported", reason)
         return
     try:
-        _train_and_report(job, point, method, selection, config, report)
+        _train_and_report(job, point, report)
     except DivergedError as error:
         report.finish(point, "wrong", str(error))
     except RuntimeError as error:
-        if is_out_of_memory(error) and not isinstance(error, torch.OutOfMemoryError):
+        if memory.is_out_of_memory(error) and not isinstance(error, torch.OutOfMemoryError):
             raise MemoryError(str(error)) from error  # the CPU allocator has no error of its own
         raise
 
@@ -102,20 +84,8 @@ def train_config(point: Point) -> TrainConfig:
     )
 
 
-def _unsupported(
-    point: Point, method: Method, selection: Selection | None, config: LlamaConfig, device: str
-) -> str | None:
-    """Why the point cannot be trained, or None."""
-    if not method.backward:
-        return f"method {method.name} has no backward pass"
-    if point.dtype not in TRAINING_DTYPES:
-        return f"dtype {point.dtype} cannot be trained; choose one of {', '.join(TRAINING_DTYPES)}"
-    return method.unsupported_reason(config.ffn, selection, point.dtype, device)
-
-
-def _train_and_report(
-    job: Job, point: Point, method: Method, selection: Selection | None, config: LlamaConfig, report: Reporter
-) -> None:
+def _train_and_report(job: Job, point: Point, report: EventReporter) -> None:
+    method, selection, config = get_method(point.method), point.rule, model_config(point)
     dataset = prepare(job.data or "stdlib", config.vocab_size)
     if point.data_id is not None and dataset.data_id != point.data_id:
         raise ValueError(
@@ -192,7 +162,7 @@ def _saved_bytes_per_token(model: Llama, point: Point, device: torch.device, com
     forward = torch.compile(layer, mode=get_method(point.method).compile_mode) if compiled else layer
     x = torch.randn(1, SAVED_TOKENS, point.d_model, device=device, requires_grad=True)
     with autocast(device, point.dtype):
-        saved = saved_bytes(lambda: forward(x), layer.parameters(), [x])
+        saved = memory.saved_bytes(lambda: forward(x), layer.parameters(), [x])
     return saved.activation_bytes / SAVED_TOKENS
 
 
@@ -210,7 +180,7 @@ def _overflow_fraction(model: Llama, trainer: Trainer, point: Point, device: tor
 
 
 def _report_union(
-    report: Reporter, model: Llama, trainer: Trainer, point: Point, selection: Selection
+    report: EventReporter, model: Llama, trainer: Trainer, point: Point, selection: Selection
 ) -> None:
     """Channels that 1 to 16 tokens of a decoding batch need together, on the held-out text."""
     with autocast(model.head.device, point.dtype):
@@ -233,34 +203,30 @@ class PeakMeter:
         self._cuda = device.type == "cuda"
         # The first optimizer of a process imports this: 147 MB of code that belongs to no model.
         importlib.import_module("torch._dynamo")
-        self._start = torch.cuda.memory_allocated() if self._cuda else resident_bytes()
+        self._start = torch.cuda.memory_allocated() if self._cuda else memory.resident_bytes()
         self.metric = "peak_allocated_bytes" if self._cuda else "peak_rss_over_start_bytes"
         self.detail = ""
 
     def measure(self, run_steps: Callable[[], object]) -> int:
         """Run the steps once and return their peak in bytes."""
         if self._cuda:
-            peak = peak_bytes(run_steps)
+            peak = memory.peak_bytes(run_steps)
             standing, over = peak.start_bytes - self._start, peak.over_start_bytes
         else:
             resident = [0]
 
             def noted() -> None:
-                resident[0] = resident_bytes()  # here, because what can be freed has been by now
+                resident[0] = memory.resident_bytes()  # here, because what can be freed has been by now
                 run_steps()
 
-            over = peak_rss_over_start_bytes(noted)
+            over = memory.peak_rss_over_start_bytes(noted)
             standing = max(0, resident[0] - self._start)
         self.detail = f"of which {standing} bytes stood before the steps (weights, optimizer state)"
         return standing + over
 
 
 def _report_speed(
-    report: Reporter,
-    point: Point,
-    result: TrainResult,
-    compiled: bool,
-    conditions: TimingConditions,
+    report: EventReporter, point: Point, result: TrainResult, compiled: bool, conditions: TimingConditions
 ) -> None:
     """Step time and throughput of the timed steps; what compilation cost."""
     step = median_estimate(result.step_ms)
@@ -272,7 +238,7 @@ def _report_speed(
         report.measure(point, "compile_s", without_interval(result.first_step_s - step.value / 1e3))
 
 
-def _report_quality(report: Reporter, point: Point, result: TrainResult, bytes_per_token: float) -> None:
+def _report_quality(report: EventReporter, point: Point, result: TrainResult, bytes_per_token: float) -> None:
     """Loss before and after, perplexity, bits per byte, and the curves over tokens seen."""
     untrained = mean_estimate(result.evaluations[0].window_losses)
     trained = mean_estimate(result.evaluations[-1].window_losses)
@@ -311,16 +277,8 @@ def mean_estimate(samples: ArrayLike, seed: int = 0) -> Estimate:
     value = float(values.mean())
     if values.size == 1:
         return Estimate(value, math.nan, math.nan, 1, "mean over windows")
-    interval = scipy.stats.bootstrap(
-        (values,),
-        np.mean,
-        n_resamples=RESAMPLES,
-        batch=100,  # resamples held in memory at once
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return Estimate(value, float(interval.low), float(interval.high), values.size, "mean over windows")
+    low, high = bootstrap((values,), np.mean, seed, batch=100)  # resamples held in memory at once
+    return Estimate(value, low, high, values.size, "mean over windows")
 
 
 def perplexity(nats: float) -> float:

@@ -60,7 +60,7 @@ class Measured(BaseModel):
 
 
 class EventReporter:
-    """The `Reporter` of a trial: turns what a workload says into events and rows.
+    """What a workload calls to say what it measured; turns that into events and rows.
 
     Every row gets the point's columns and the conditions (device, environment, time) here, so no workload
     can forget them.
@@ -77,7 +77,7 @@ class EventReporter:
         self.current: Point | None = None
 
     def start(self, point: Point) -> None:
-        """See `Reporter`."""
+        """This point is about to use the device: if the process dies now, this point is to blame."""
         self.current = point
         self._started.setdefault(point.key, _now())
         self._emit(events.Start(point_key=point.key))
@@ -92,7 +92,11 @@ class EventReporter:
         status: str = "ok",
         detail: str = "",
     ) -> None:
-        """See `Reporter`. Raises ValueError for a row that is not of the schema."""
+        """One row of the point: a metric named in `harness.sweep.metrics.METRICS`, and its number.
+
+        A plain number has neither an interval nor samples. `conditions` are those of timed work. Raises
+        ValueError for a row that is not of the schema.
+        """
         columns: dict[str, Any] = {"value": number} if isinstance(number, int | float) else vars(number)
         if conditions is not None:
             columns = {**columns, "timing_mode": conditions.mode}
@@ -103,7 +107,7 @@ class EventReporter:
     def samples(
         self, point: Point, metric: str, values: Sequence[float], x: Sequence[float] | None = None
     ) -> None:
-        """See `Reporter`."""
+        """Raw samples behind a row, or a curve. `x` gives the round or the tokens seen of each sample."""
         rounds = range(len(values)) if x is None else x
         run_id, key = self._job.run_id, point.key
         self._emit(
@@ -111,19 +115,28 @@ class EventReporter:
         )
 
     def progress(self, point: Point, fraction: float, text: str = "") -> None:
-        """See `Reporter`. At most one event in `PROGRESS_SECONDS`, the last one always."""
+        """How far the point is, 0 to 1, for the progress bar.
+
+        At most one event in `PROGRESS_SECONDS`, the last one always.
+        """
         now = time.monotonic()
         if fraction >= 1.0 or now - self._last_progress >= PROGRESS_SECONDS:
             self._last_progress = now
             self._emit(events.Progress(point_key=point.key, fraction=fraction, text=text))
 
     def intermediate(self, point: Point, percent: int, values: dict[str, float]) -> None:
-        """See `Reporter`. A value that is not finite is left out."""
+        """What a training has reached after `percent` of its tokens, by metric: a pruner may end it there.
+
+        A value that is not finite is left out.
+        """
         known = {name: value for name, value in values.items() if math.isfinite(value)}
         self._emit(events.Intermediate(point_key=point.key, percent=percent, values=known))
 
     def finish(self, point: Point, status: str = "ok", detail: str = "") -> None:
-        """See `Reporter`. A status without a measured value leaves one row that says why."""
+        """The point is done; its rows become durable. `status` is one of `harness.sweep.metrics.STATUSES`.
+
+        A status without a measured value leaves one row that says why.
+        """
         _known_status(status)
         rows = self._rows.pop(point.key, [])
         primary = WORKLOADS[point.workload].primary_metric

@@ -20,14 +20,7 @@ from __future__ import annotations
 import triton.language as tl
 
 from moc.kernels.primitives import jit, largest, popcount, ranked, total
-from moc.kernels.selection import (
-    compare_pairs,
-    half,
-    key_bits,
-    larger_pairs,
-    padded_pairs,
-    pairs_counted,
-)
+from moc.kernels.selection import compare_pairs, half, key_bits, larger_pairs, padded_pairs, pairs_counted
 
 RANK, EXTRACT, BISECT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 CHUNK = 2048  # channels whose banks BISECT searches at once: 32 banks of 64, one in each lane
@@ -136,13 +129,7 @@ def _lowest(b_equal, b_count, b_wanted):
 
 @jit
 def bits_of_chunk(
-    row_ptr,
-    pair,
-    F: tl.constexpr,
-    N: tl.constexpr,
-    M: tl.constexpr,
-    CHUNK: tl.constexpr,
-    ASM: tl.constexpr,
+    row_ptr, pair, F: tl.constexpr, N: tl.constexpr, M: tl.constexpr, CHUNK: tl.constexpr, ASM: tl.constexpr
 ):
     """The kept of CHUNK channels, from 2 * `pair` on, as the bits of [CHUNK / 32] words, by BISECT."""
     DTYPE: tl.constexpr = row_ptr.dtype.element_ty
@@ -219,12 +206,7 @@ def _words_of(
 
 @jit
 def _word_of(
-    pieces,
-    first: tl.constexpr,
-    b_twice,
-    ABOVE: tl.constexpr,
-    DTYPE: tl.constexpr,
-    ASM: tl.constexpr,
+    pieces, first: tl.constexpr, b_twice, ABOVE: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr
 ):
     b_bits = (0x10001 << tl.arange(0, 4))[None, :]
     b_word = tl.full(pieces[0].shape, 0, tl.int32)

@@ -108,16 +108,10 @@ def decode_tiling(d_ffn: int, selection: Selection | None, tokens: int, int8: bo
     bank = 1 if selection is None else _bank_width(selection)
     if tokens > 1:
         return DecodeTiling(
-            channels=max(16, bank),
-            columns=128,
-            slots=max(16, bank),
-            up_columns=128,
-            down_columns=128,
-            stages=4,
+            max(16, bank), 128, max(16, bank), 128, 128, stages=4, cut_apart=True,
             gate=None if local or selection is None else Tile(16, 128, stages=4),
             down=_down_of_many(d_ffn, selection, tokens),
-            cut_apart=True,
-        )
+        )  # fmt: skip
     if selection is None and int8:
         return DecodeTiling(4, 1024, 4, 1024, 1024, down=DownTile(32, 256, 32, blocks=4))
     if selection is None:

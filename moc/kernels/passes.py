@@ -313,8 +313,7 @@ def select_pass(
         select_fwd_kernel[(n_tokens, -(-d_ffn // tiling.part) if tiling.part else 1)](
             g, u, z, *stored, overflow, g.stride(0), u.stride(0), z.stride(0), k, first, quantile,
             **select_constants(d_ffn, selection, size, packed, vector, kept is not None, fp8, tiling, sparse),
-            ASM=not INTERPRETED,
-            num_warps=tiling.num_warps,
+            ASM=not INTERPRETED, num_warps=tiling.num_warps,
         )  # fmt: skip
 
 
@@ -353,8 +352,7 @@ def expand_pass(
             dz, kept.pairs, kept.scales, kept.bitmask, dg, du, z, sparse,
             dz.stride(0), dg.stride(0), du.stride(0), z.stride(0), kept.pairs.shape[1],
             **expand_constants(d_ffn, width, _vector(dz, dg, du, z), fp8, tiling, sparse is not None),
-            ASM=not INTERPRETED,
-            num_warps=tiling.num_warps,
+            ASM=not INTERPRETED, num_warps=tiling.num_warps,
         )  # fmt: skip
 
 

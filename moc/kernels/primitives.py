@@ -215,7 +215,7 @@ def store_pairs(pairs_ptr, base, offset, first, second, mask, ASM: tl.constexpr)
             tl.store(pairs_ptr.to(tl.pointer_type(WIDE), bitcast=True) + base + offset, b_pair, mask=mask)
         else:
             b_address = (pairs_ptr + 2 * base).to(tl.int64) + offset.to(tl.uint32).to(tl.int64) * (BITS // 4)
-            # An elementwise instruction must have a result, so it gives a zero that nobody reads.
+            # An elementwise instruction must have a result, so it returns a zero that is not used.
             if BITS == 16:
                 tl.inline_asm_elementwise(
                     "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p st.global.b32 [$1], $2; mov.b32 $0, 0; }",

@@ -283,13 +283,7 @@ def _between(low, high, n_low, n_high, K):
 
 @jit
 def _equal_before(
-    pieces,
-    key,
-    begin,
-    PIECE: tl.constexpr,
-    PACKED: tl.constexpr,
-    DTYPE: tl.constexpr,
-    ASM: tl.constexpr,
+    pieces, key, begin, PIECE: tl.constexpr, PACKED: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr
 ):
     """How many channels before `begin`, which is even, have this key."""
     INFINITY: tl.constexpr = 0x7F80 if DTYPE == tl.bfloat16 else 0x7C00  # of 16 bits

@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from moc.layers.base import FfnWeights
 from moc.ops.inputs import autocast_cast, check_ffn_inputs
+from moc.ops.registration import empty_gradients, register_ffn
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max  # 448
@@ -91,42 +91,7 @@ def _dense_fp8_backward(
         return dx.addmm_(dg, w_gate), dg.T @ x, dw_up, dw_down
 
 
-@_dense_fp8_backward.register_fake
-def _(
-    dy: Tensor,
-    x: Tensor,
-    g8: Tensor,
-    u8: Tensor,
-    g_scale: Tensor,
-    u_scale: Tensor,
-    w_gate: Tensor,
-    w_up: Tensor,
-    w_down: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dw_gate, dw_up, dw_down = (x.new_empty(w_gate.shape) for _ in range(3))
-    return x.new_empty(x.shape), dw_gate, dw_up, dw_down
-
-
-def _keep(ctx: object, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
-    x, w_gate, w_up, w_down = inputs
-    _, g8, u8, g_scale, u_scale = output
-    ctx.save_for_backward(x, g8, u8, g_scale, u_scale, w_gate, w_up, w_down)  # type: ignore[attr-defined]
-
-
-def _gradients(ctx: object, dy: Tensor, *_: Tensor | None) -> tuple[Tensor, ...]:
-    return tuple(torch.ops.moc.dense_fp8_backward(dy, *ctx.saved_tensors))  # type: ignore[attr-defined]
-
-
-_dense_fp8_forward.register_autograd(_gradients, setup_context=_keep)
-
-
-@register_flop_formula(torch.ops.moc.dense_fp8_forward)
-def _forward_flops(x_shape: torch.Size, w_gate_shape: torch.Size, *_: object, **__: object) -> int:
-    return 3 * 2 * x_shape.numel() * w_gate_shape[0]
-
-
-@register_flop_formula(torch.ops.moc.dense_fp8_backward)
-def _backward_flops(
-    dy_shape: torch.Size, x_shape: torch.Size, g_shape: torch.Size, *_: object, **__: object
-) -> int:
-    return 6 * 2 * x_shape.numel() * g_shape[1]
+_dense_fp8_backward.register_fake(
+    lambda dy, x, g8, u8, g_scale, u_scale, w_gate, *_: empty_gradients(x, w_gate)
+)
+register_ffn(_dense_fp8_forward, _dense_fp8_backward, n_kept=4)

@@ -16,7 +16,7 @@ from moc.config import FfnShape
 from moc.layers.base import FfnWeights
 from moc.ops.decode import int8_decode
 from moc.reference import FfnGrads, dense_forward_backward, moc_forward_backward
-from moc.selection import Selection, required
+from moc.selection import Selection
 
 INT8_DECODE_TOKENS = 16  # the most that the decoding kernels take
 _LARGEST = 127.0  # of the int8 numbers used: symmetric, so -128 is not
@@ -39,20 +39,17 @@ def dequantize_rows(rows: Tensor, scales: Tensor) -> Tensor:
     return rows.double() * scales.double()[:, None]
 
 
-def dense_int8_reference(
-    x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, dy: Tensor, _selection: Selection | None
-) -> FfnGrads:
-    """The reference of `dense_int8`: `moc.reference.dense_forward_backward` of the quantised weights."""
-    w_gate, w_up, w_down = (dequantize_rows(*quantize_rows(w)) for w in (w_gate, w_up, w_down))
-    return dense_forward_backward(x, w_gate, w_up, w_down, dy)
-
-
-def moc_int8_reference(
+def int8_reference(
     x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, dy: Tensor, selection: Selection | None
 ) -> FfnGrads:
-    """The reference of `moc_int8`: `moc.reference.moc_forward_backward` of the quantised weights."""
+    """The reference of `dense_int8` and `moc_int8`: that of the quantised weights in `moc.reference`.
+
+    `dense_forward_backward` without a selection, else `moc_forward_backward`, whose errors it raises.
+    """
     w_gate, w_up, w_down = (dequantize_rows(*quantize_rows(w)) for w in (w_gate, w_up, w_down))
-    return moc_forward_backward(x, w_gate, w_up, w_down, dy, required(selection))
+    if selection is None:
+        return dense_forward_backward(x, w_gate, w_up, w_down, dy)
+    return moc_forward_backward(x, w_gate, w_up, w_down, dy, selection)
 
 
 class Int8FFN(FfnWeights):

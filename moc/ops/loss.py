@@ -101,9 +101,9 @@ def _token_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     return nats
 
 
-@_token_cross_entropy.register_fake
-def _(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return hidden.new_empty(hidden.shape[0], dtype=_softmax_dtype(hidden.dtype))
+_token_cross_entropy.register_fake(
+    lambda hidden, weight, targets: hidden.new_empty(len(hidden), dtype=_softmax_dtype(hidden.dtype))
+)
 
 
 @torch.library.custom_op("moc::mean_cross_entropy", mutates_args=())

@@ -14,11 +14,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from moc.ops.compact import Expander, gather_compact, keep_mask, kept_channels, pack_bitmask, unpack_bitmask
 from moc.ops.gather import kept_rows_output, pays
 from moc.ops.inputs import autocast_cast, check_ffn_inputs
+from moc.ops.registration import empty_gradients, register_ffn
 from moc.selection import Selection, n_words, parse_selection
 
 
@@ -157,41 +157,8 @@ def _moc_backward(
         return dx.addmm_(du_full, w_up), dw_gate, dw_up, dw_down
 
 
-@_moc_backward.register_fake
-def _(
-    dy: Tensor,
-    x: Tensor,
-    g_compact: Tensor,
-    u_compact: Tensor,
-    bitmask: Tensor,
-    w_gate: Tensor,
-    w_up: Tensor,
-    w_down: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _fake_gradients(x, w_gate)
-
-
-def _moc_setup_context(
-    ctx: torch.autograd.function.FunctionCtx,
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor, str, bool, bool],
-    output: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
-) -> None:
-    x, w_gate, w_up, w_down, _selection, _masked, keep = inputs
-    _y, g_compact, u_compact, bitmask, overflow = output
-    ctx.mark_non_differentiable(g_compact, u_compact, bitmask, overflow)
-    if not keep:
-        raise ValueError("moc::ffn_forward was called with keep=False on inputs that require a gradient")
-    ctx.save_for_backward(x, g_compact, u_compact, bitmask, w_gate, w_up, w_down)
-
-
-def _moc_autograd(
-    ctx: torch.autograd.function.FunctionCtx, dy: Tensor, *_no_gradients: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, None, None, None]:
-    gradients = _moc_backward(dy.contiguous(), *ctx.saved_tensors)  # type: ignore[attr-defined]
-    return (*gradients, None, None, None)
-
-
-_moc_forward.register_autograd(_moc_autograd, setup_context=_moc_setup_context)
+_moc_backward.register_fake(lambda dy, x, g, u, bitmask, w_gate, *_: empty_gradients(x, w_gate))
+register_ffn(_moc_forward, _moc_backward, n_kept=3)
 
 
 # --- dense, keeping g and u: moc::dense_gu_forward and moc::dense_gu_backward ---
@@ -229,51 +196,5 @@ def _dense_gu_backward(
         return dx.addmm_(dg, w_gate), dg.T @ x, dw_up, dw_down
 
 
-@_dense_gu_backward.register_fake
-def _(
-    dy: Tensor, x: Tensor, g: Tensor, u: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _fake_gradients(x, w_gate)
-
-
-def _dense_gu_setup_context(
-    ctx: torch.autograd.function.FunctionCtx,
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
-    output: tuple[Tensor, Tensor, Tensor],
-) -> None:
-    x, w_gate, w_up, w_down = inputs
-    _y, g, u = output
-    ctx.mark_non_differentiable(g, u)
-    ctx.save_for_backward(x, g, u, w_gate, w_up, w_down)
-
-
-def _dense_gu_autograd(
-    ctx: torch.autograd.function.FunctionCtx, dy: Tensor, *_no_gradients: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _dense_gu_backward(dy.contiguous(), *ctx.saved_tensors)  # type: ignore[attr-defined]
-
-
-_dense_gu_forward.register_autograd(_dense_gu_autograd, setup_context=_dense_gu_setup_context)
-
-
-def _fake_gradients(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dx, dw = x.new_empty(x.shape[0], x.shape[1]), weight.new_empty(weight.shape)
-    return dx, dw, torch.empty_like(dw), torch.empty_like(dw)
-
-
-# PyTorch's counter cannot look into an opaque op, so the matrix products of each are declared here: three in
-# forward, six in backward, each 2 * T * d * d_ffn. Selection and elementwise work count nowhere.
-@register_flop_formula([torch.ops.moc.ffn_forward, torch.ops.moc.dense_gu_forward])
-def _forward_flops(
-    x_shape: torch.Size, w_gate_shape: torch.Size, *_: object, out_shape: object = None, **__: object
-) -> int:
-    return 3 * 2 * x_shape.numel() * w_gate_shape[0]
-
-
-@register_flop_formula([torch.ops.moc.ffn_backward, torch.ops.moc.dense_gu_backward])
-def _backward_flops(
-    dy_shape: torch.Size, x_shape: torch.Size, *shapes: object, out_shape: object = None, **__: object
-) -> int:
-    w_down_shape = shapes[-1]
-    assert isinstance(w_down_shape, torch.Size)
-    return 6 * 2 * x_shape.numel() * w_down_shape[0]
+_dense_gu_backward.register_fake(lambda dy, x, g, u, w_gate, *_: empty_gradients(x, w_gate))
+register_ffn(_dense_gu_forward, _dense_gu_backward, n_kept=2)

@@ -35,17 +35,18 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from moc.config import FfnShape
 from moc.ops.compact import ALIGN
 from moc.ops.inputs import autocast_cast, check_ffn_inputs, side_by_side
+from moc.ops.registration import check_kept, register_flops
 from moc.selection import Selection, n_words, parse_selection
 
 if TYPE_CHECKING:
     from moc.kernels.passes import Kept, Tiling
     from moc.kernels.sparse24 import Sparse24
 
+Weights = tuple[Tensor, Tensor, Tensor]  # w_gate, w_up, w_down
 # From here on 2:4 sparse products pay (docs/measured.md, 2026-11-26); shorter chunks were not measured.
 SPARSE_D_MODEL, SPARSE_TOKENS = 768, 4096
 
@@ -163,32 +164,25 @@ def _forward(
     x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, selection: str, fp8: bool, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(y like x, pairs [T, K, 2], scales [T, 2], bitmask [T, words], overflow); what is not kept is empty."""
-    return forward_in_chunks(x, w_gate, w_up, w_down, parse_selection(selection), fp8, keep, LAYOUT)
+    return forward_in_chunks(x, (w_gate, w_up, w_down), parse_selection(selection), fp8, keep, LAYOUT)
 
 
 def forward_in_chunks(
-    x: Tensor,
-    w_gate: Tensor,
-    w_up: Tensor,
-    w_down: Tensor,
-    rule: Selection,
-    fp8: bool,
-    keep: bool,
-    layout: Layout,
+    x: Tensor, weights: Weights, rule: Selection, fp8: bool, keep: bool, layout: Layout
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What the operator of `triton_moc_ffn` computes, with its results, in a given layout."""
     from moc.kernels.passes import select_pass
     from moc.kernels.sparse24 import metadata_pass
     from moc.ops.cusparselt import sparse_mm
 
-    d_ffn = w_gate.shape[0]
-    y, pairs, scales, bitmask, overflow = _empty_outputs(x, w_gate, rule, fp8, keep)
+    d_ffn = weights[0].shape[0]
+    y, pairs, scales, bitmask, overflow = _empty_outputs(x, weights[0], rule, fp8, keep)
     if rule.rule == "threshold" or x.numel() == 0:
         overflow.zero_()  # else the select pass does it
     x, flat_y = x.reshape(-1, x.shape[-1]), y.view(-1, x.shape[-1])
-    w_gate, w_up, w_down = _cast(x.dtype, w_gate, w_up, w_down)
+    w_gate, w_up, w_down = _cast(x.dtype, *weights)
     width, size = _padded(d_ffn), x.element_size()
-    kept = _kept(pairs, scales, bitmask) if keep else None
+    kept = _kept((pairs, scales, bitmask)) if keep else None
     joined = _whole_tiles(w_gate, w_up)
     chunks = layout.chunking.chunks(x.shape[0], width * size)
     buffer = x.new_empty(_longest(chunks), 2 * width)
@@ -217,7 +211,7 @@ def forward_in_chunks(
     return y, pairs, scales, bitmask, overflow
 
 
-def _cast(dtype: torch.dtype, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _cast(dtype: torch.dtype, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Weights:
     """The weights in this dtype; if that takes a copy, w_gate and w_up lie side by side."""
     if w_gate.dtype == w_up.dtype == w_down.dtype == dtype:
         return w_gate, w_up, w_down
@@ -242,11 +236,11 @@ def _joined(w_gate: Tensor, w_up: Tensor) -> Tensor:
     return joined
 
 
-@_forward.register_fake
-def _(
-    x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, selection: str, fp8: bool, keep: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _empty_outputs(x, w_gate, parse_selection(selection), fp8, keep)
+_forward.register_fake(
+    lambda x, w_gate, w_up, w_down, selection, fp8, keep: _empty_outputs(
+        x, w_gate, parse_selection(selection), fp8, keep
+    )
+)
 
 
 def _empty_outputs(
@@ -263,9 +257,10 @@ def _empty_outputs(
     )
 
 
-def _kept(pairs: Tensor, scales: Tensor, bitmask: Tensor) -> Kept:
+def _kept(kept: tuple[Tensor, Tensor, Tensor]) -> Kept:
     from moc.kernels.passes import Kept
 
+    pairs, scales, bitmask = kept
     return Kept(pairs, bitmask, scales if scales.shape[1] else None)
 
 
@@ -282,18 +277,15 @@ def _backward(
     two_of_four: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx like x, dw_gate and dw_up in one [2, padded d_ffn, d], dw_down [d_ffn, d])."""
-    return backward_in_chunks(dy, x, pairs, scales, bitmask, w_gate, w_up, w_down, two_of_four, LAYOUT)
+    kept, weights = (pairs, scales, bitmask), (w_gate, w_up, w_down)
+    return backward_in_chunks(dy, x, kept, weights, two_of_four, LAYOUT)
 
 
 def backward_in_chunks(
     dy: Tensor,
     x: Tensor,
-    pairs: Tensor,
-    scales: Tensor,
-    bitmask: Tensor,
-    w_gate: Tensor,
-    w_up: Tensor,
-    w_down: Tensor,
+    kept_tensors: tuple[Tensor, Tensor, Tensor],
+    weights: Weights,
     two_of_four: bool,
     layout: Layout,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -302,12 +294,12 @@ def backward_in_chunks(
     from moc.kernels.sparse24 import metadata_pass
     from moc.ops.cusparselt import sparse_mm
 
-    d_ffn, d = w_gate.shape
-    dx, dw_gu, dw_down = _empty_gradients(x, w_gate)
-    w_gate, w_up, w_down = _cast(x.dtype, w_gate, w_up, w_down)
+    d_ffn, d = weights[0].shape
+    dx, dw_gu, dw_down = _empty_gradients(x, weights[0])
+    w_gate, w_up, w_down = _cast(x.dtype, *weights)
     dy, x, flat_dx = dy.reshape(-1, d), x.reshape(-1, d), dx.view(-1, d)
     n_tokens, width, size = x.shape[0], _padded(d_ffn), x.element_size()
-    kept = _kept(pairs, scales, bitmask)
+    kept = _kept(kept_tensors)
     w_gu, dw_joined = _joined(w_gate, w_up), dw_gu.flatten(0, 1)
     chunks = layout.chunking.chunks(n_tokens, width * size)
     dgu_buffer, z_buffer = x.new_empty(_longest(chunks), 2 * width), x.new_empty(_longest(chunks), width)
@@ -338,19 +330,7 @@ def backward_in_chunks(
     return dx, dw_gu, dw_down
 
 
-@_backward.register_fake
-def _(
-    dy: Tensor,
-    x: Tensor,
-    pairs: Tensor,
-    scales: Tensor,
-    bitmask: Tensor,
-    w_gate: Tensor,
-    w_up: Tensor,
-    w_down: Tensor,
-    two_of_four: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_gradients(x, w_gate)
+_backward.register_fake(lambda dy, x, pairs, scales, bitmask, w_gate, *_: _empty_gradients(x, w_gate))
 
 
 def _empty_gradients(x: Tensor, w_gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -366,10 +346,7 @@ def _setup_context(
     x, w_gate, w_up, w_down, selection, _fp8, keep = inputs
     _y, pairs, scales, bitmask, overflow = output
     ctx.mark_non_differentiable(pairs, scales, bitmask, overflow)
-    if not keep:
-        raise ValueError(
-            "moc::triton_ffn_forward was called with keep=False on inputs that require a gradient"
-        )
+    check_kept(_forward, keep)
     ctx.save_for_backward(x, pairs, scales, bitmask, w_gate, w_up, w_down)
     ctx.two_of_four = parse_selection(selection).two_of_four  # type: ignore[attr-defined]
 
@@ -388,16 +365,4 @@ def _autograd(
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
-
-
-# PyTorch's counter cannot look into an opaque op: three matrix products in forward, six in backward.
-@register_flop_formula(torch.ops.moc.triton_ffn_forward)
-def _forward_flops(x_shape: torch.Size, w_gate_shape: torch.Size, *_: object, **__: object) -> int:
-    return 3 * 2 * x_shape.numel() * w_gate_shape[0]
-
-
-@register_flop_formula(torch.ops.moc.triton_ffn_backward)
-def _backward_flops(dy_shape: torch.Size, x_shape: torch.Size, *shapes: object, **__: object) -> int:
-    w_down_shape = shapes[-2]  # the last argument is a flag
-    assert isinstance(w_down_shape, torch.Size)
-    return 6 * 2 * x_shape.numel() * w_down_shape[0]
+register_flops(_forward, _backward)

@@ -97,7 +97,8 @@ def collect(parts: Iterable[str], root: Path = ROOT) -> Facts:
 
 
 def _collect_part(part: str, root: Path) -> Facts:
-    command = [sys.executable, "-m", f"{__package__}.{part}"]
+    module = f"{__package__}.{part}"
+    code = f"import json, {module} as part; print(json.dumps(part.collect()))"
     with tempfile.TemporaryDirectory() as cache:
         environment = {
             **os.environ,
@@ -108,9 +109,10 @@ def _collect_part(part: str, root: Path) -> Facts:
             # Before anything else: another copy of the code may be installed.
             "PYTHONPATH": os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH")))),
         }
+        command = [sys.executable, "-c", code]
         done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+        raise RuntimeError(f"{module} failed:\n{done.stderr[-2000:]}")
     facts: Facts = json.loads(done.stdout.splitlines()[-1])
     return facts
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import json
 import pkgutil
 import re
 import subprocess
@@ -21,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.regression.budget.check import Facts
+from harness.regression.budget.check import Fact, Facts
 
 
 @dataclass(frozen=True)
@@ -219,11 +218,6 @@ _LAUNCHES: dict[str, Callable[[Variant, int], _Launch]] = {
 _LAUNCHES.update({variant.kind: _decode for variant in VARIANTS if "/" in variant.kind})
 
 
-def compiled_kernels() -> set[str]:
-    """Names of the kernels that `WORK` compiles."""
-    return {_LAUNCHES[variant.kind](variant, capability).kernel.__name__ for variant, capability in WORK}
-
-
 def _read(cubin: bytes) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -250,25 +244,19 @@ def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
 
 
-def measure_all(processes: int = 2) -> dict[str, dict[str, int]]:
-    """WORK, by name."""
-    with ProcessPoolExecutor(processes) as pool:
-        rows = pool.map(measure, *zip(*WORK, strict=True))
-        return {variant.name(capability): row for (variant, capability), row in zip(WORK, rows, strict=True)}
-
-
 def collect() -> Facts:
     """Registers, spills, shared bytes, instructions and tensor-core instructions; kernels left out."""
     version = importlib.metadata.version("triton").partition("+")[0]
-    rows = measure_all()
-    facts: Facts = {
-        f"kernels triton {version}": {
-            f"{name}: {quantity}": value for name, row in rows.items() for quantity, value in row.items()
-        }
+    with ProcessPoolExecutor(2) as pool:
+        rows = list(pool.map(measure, *zip(*WORK, strict=True)))
+    facts: dict[str, Fact] = {
+        f"{variant.name(capability)}: {quantity}": value
+        for (variant, capability), row in zip(WORK, rows, strict=True)
+        for quantity, value in row.items()
     }
-    missing = sorted(_kernels() - compiled_kernels())
-    facts["kernels"] = {"not compiled by the gate": " ".join(missing)}
-    return facts
+    compiled = {_LAUNCHES[variant.kind](variant, capability).kernel.__name__ for variant, capability in WORK}
+    missing = " ".join(sorted(_kernels() - compiled))
+    return {f"kernels triton {version}": facts, "kernels": {"not compiled by the gate": missing}}
 
 
 def _kernels() -> set[str]:
@@ -286,7 +274,3 @@ def _kernels() -> set[str]:
             if isinstance(value, triton.JITFunction) and name.endswith("kernel")
         }
     return found
-
-
-if __name__ == "__main__":
-    print(json.dumps(collect()))

@@ -1,14 +1,12 @@
 """Part `methods` of the budget: what every method of the registry saves, computes and must move.
 
 Saved bytes are counted by storage through autograd's hooks, products by PyTorch's counter; Triton kernels run
-in its interpreter. Methods that are compiled on CUDA are measured as they are before the compiler, which has
-no say here. A method that needs another package is taken at its own formula, so that the facts do not depend
-on what is installed.
+in its interpreter. Methods that are compiled on CUDA are measured uncompiled. A method that needs another
+package is taken at its own formula, so that the facts do not depend on what is installed.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 
 import torch
@@ -106,7 +104,3 @@ def _is_dense_output(method: Method, selection: Selection | None) -> bool:
 def _exact(value: float) -> Fact:
     """A whole number as such; a fraction, which a formula may give, as text."""
     return int(value) if value == int(value) else repr(value)
-
-
-if __name__ == "__main__":
-    print(json.dumps(collect()))

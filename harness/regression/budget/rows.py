@@ -83,7 +83,3 @@ def _text(folder: Path) -> str:
     lines = [json.dumps({"text": f"{number}: " + sentence * 6}) for number in range(60)]
     (folder / "text.jsonl").write_text("\n".join(lines), encoding="utf-8")
     return f"files:{folder}/text.jsonl"
-
-
-if __name__ == "__main__":
-    print(json.dumps(collect()))

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tomllib
 
+from harness.measure.environment import installed_version
 from harness.regression.budget.check import ROOT, Facts
 
 _LIST_MODULES = """
@@ -44,7 +45,7 @@ def collect() -> Facts:
             "mocbench --help: dependencies": " ".join(sorted(distributions & _dependencies())),
         }
     }
-    if all(_installed(name) == version for name, version in _pins().items() if name in distributions):
+    if all(installed_version(name) == version for name, version in _pins().items() if name in distributions):
         facts[f"startup python {'.'.join(platform.python_version_tuple()[:2])}"] = {
             "mocbench --help: modules": len(modules),
             "mocbench --help: modules with bytecode": sum(modules.values()),
@@ -63,16 +64,5 @@ def _pins() -> dict[str, str]:
     return {_plain(name): version for name, version in pairs}
 
 
-def _installed(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _plain(name: str) -> str:
     return name.lower().replace("_", "-").replace(".", "-")
-
-
-if __name__ == "__main__":
-    print(json.dumps(collect()))

@@ -1,16 +1,15 @@
 """Part `variants` of the budget: how often a sweep compiles.
 
 A Triton kernel is compiled anew for every combination of its constants and of what Triton specialises its
-arguments on; torch.compile breaks a graph where it cannot see through. Every method of the registry runs at
+arguments on; torch.compile breaks a graph at code that it cannot trace. Every method of the registry runs at
 many numbers of tokens and of kept channels, as a sweep would, and what would be compiled is counted. Nothing
-is compiled or launched: Triton asks a hook before it compiles, and the hook says no. What the kernels would
-have written is whatever was in memory, so no number that is computed here means anything.
+is compiled or launched: Triton calls a hook before it compiles, and the hook refuses. Outputs of kernels are
+uninitialised memory, so no number that is computed here means anything.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -74,7 +73,7 @@ def _by_kernel(asked: Sequence[tuple[str, str]]) -> list[tuple[str, int]]:
 
 
 def _graphs() -> Iterator[tuple[str, Fact]]:
-    """Of one training forward: more than one graph means that the compiler lost sight."""
+    """Of one training forward: more than one graph means that torch.compile broke it."""
     for method in METHODS.values():
         if not method.compile or method.requires is not None or not method.backward:
             continue
@@ -111,7 +110,3 @@ class _Driver:
 
     def get_current_stream(self, _device: int) -> int:
         return 0
-
-
-if __name__ == "__main__":
-    print(json.dumps(collect()))

@@ -2,7 +2,7 @@
 
     python -m harness.regression.compare.child CHECKOUT DEVICE
 
-`harness.regression.compare.checkouts` starts it, nobody types it, so its arguments are read as they stand. A
+Only `harness.regression.compare.checkouts` starts it, so its arguments are read without a parser. A
 line of JSON on standard input is a request, a line on standard output the answer. `moc` and the definitions
 of the benchmarks are the checkout's; everything else of `harness` is the judge's own, on both sides, so that
 a change of how things are measured is never taken for a change of speed.

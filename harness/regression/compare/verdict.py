@@ -17,18 +17,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.stats
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from harness.measure.stats import (
-    CONFIDENCE,
-    MIN_SAMPLES,
-    RESAMPLES,
-    Estimate,
-    Verdict,
-    median,
-    paired_ratio,
-)
+from harness.measure.stats import MIN_SAMPLES, Estimate, Verdict, bootstrap, median, paired_ratio
 from harness.measure.timing import PairedTimes, TimingSettings
 
 NEAR_LOOKS = 3  # at most, at what is near the limit
@@ -161,21 +152,7 @@ def unpaired_speedup(base: ArrayLike, head: ArrayLike, seed: int = 0) -> Estimat
         return Estimate(value, math.nan, math.nan, count, name)
     if np.ptp(first) == 0 and np.ptp(second) == 0:
         return Estimate(value, value, value, count, name)
-    interval = scipy.stats.bootstrap(
-        (first, second),
-        _ratio_of_medians,
-        n_resamples=RESAMPLES,
-        vectorized=True,
-        paired=False,
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return Estimate(value, float(interval.low), float(interval.high), count, name)
-
-
-def _ratio_of_medians(
-    first: NDArray[np.float64], second: NDArray[np.float64], axis: int = -1
-) -> NDArray[np.float64]:
-    ratio: NDArray[np.float64] = np.median(first, axis=axis) / np.median(second, axis=axis)
-    return ratio
+    low, high = bootstrap(
+        (first, second), lambda a, b, axis: np.median(a, axis) / np.median(b, axis), seed, vectorized=True
+    )
+    return Estimate(value, low, high, count, name)

@@ -79,11 +79,7 @@ class TokenDataset:
 
 
 def prepare(
-    source: str,
-    vocab_size: int,
-    *,
-    cache_root: Path | str | None = None,
-    progress: Progress | None = None,
+    source: str, vocab_size: int, *, cache_root: Path | str | None = None, progress: Progress | None = None
 ) -> TokenDataset:
     """Tokens of `source` under a tokenizer of `vocab_size` entries, from the cache or built now.
 
@@ -143,11 +139,7 @@ def _pointer(root: Path, request: str) -> Path:
 
 
 def stats(
-    source: str,
-    vocab_size: int,
-    *,
-    cache_root: Path | str | None = None,
-    progress: Progress | None = None,
+    source: str, vocab_size: int, *, cache_root: Path | str | None = None, progress: Progress | None = None
 ) -> dict[str, Any]:
     """What a person asks of a corpus before training on it: a flat dict of counts, in reading order.
 

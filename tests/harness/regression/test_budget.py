@@ -47,14 +47,16 @@ MUTATIONS = {
 SECTION = f"kernels triton {importlib.metadata.version('triton').partition('+')[0]}"
 COLLECT = {
     "methods": """
+import json
 from harness.regression.budget import methods as part
 part.METHODS = {name: part.METHODS[name] for name in ("dense", "dense_gu")}
-print(part.json.dumps(part.collect()))
+print(json.dumps(part.collect()))
 """,
     "variants": """
+import json
 from harness.regression.budget import variants as part
 part.METHODS = {"moc": part.METHODS["moc"]}
-print(part.json.dumps(part.collect()))
+print(json.dumps(part.collect()))
 """,
     "kernels": """
 import json

@@ -45,11 +45,11 @@ class FakeReporter:
         self.reached: dict[int, dict[str, float]] = {}
 
     def start(self, point: Point) -> None:
-        """See `Reporter`."""
+        """See `EventReporter`."""
         self.started.append(point)
 
     def measure(self, point: Point, metric: str, number: Estimate | float, **more: Any) -> None:
-        """See `Reporter`."""
+        """See `EventReporter`."""
         assert metric in METRICS
         assert metric not in self.rows
         self.rows[metric] = {**(vars(number) if isinstance(number, Estimate) else {"value": number}), **more}
@@ -57,19 +57,19 @@ class FakeReporter:
     def samples(
         self, point: Point, metric: str, values: Sequence[float], x: Sequence[float] | None = None
     ) -> None:
-        """See `Reporter`."""
+        """See `EventReporter`."""
         self.curves[metric] = (list(values), None if x is None else list(x))
 
     def progress(self, point: Point, fraction: float, text: str = "") -> None:
-        """See `Reporter`."""
+        """See `EventReporter`."""
         self.fractions.append(fraction)
 
     def intermediate(self, point: Point, percent: int, values: dict[str, float]) -> None:
-        """See `Reporter`."""
+        """See `EventReporter`."""
         self.reached[percent] = values
 
     def finish(self, point: Point, status: str = "ok", detail: str = "") -> None:
-        """See `Reporter`."""
+        """See `EventReporter`."""
         self.finished.append((point, status, detail))
 
 
