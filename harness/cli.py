@@ -314,14 +314,7 @@ def compare(
 
     injections = parse_injections(inject or [])
     code = compare_sides(
-        base,
-        head,
-        _device(device),
-        output=output,
-        inject=injections,
-        runs=runs,
-        only=only or [],
-        say=_say,
+        base, head, _device(device), output=output, inject=injections, runs=runs, only=only or [], say=_say
     )
     if code:
         raise typer.Exit(code)

@@ -90,11 +90,7 @@ class Claims:
     """
 
     def __init__(
-        self,
-        book: LeaseBook,
-        *,
-        beat_seconds: float = BEAT_SECONDS,
-        lease_seconds: float = LEASE_SECONDS,
+        self, book: LeaseBook, *, beat_seconds: float = BEAT_SECONDS, lease_seconds: float = LEASE_SECONDS
     ) -> None:
         self._book = book
         self._beat_seconds = beat_seconds
