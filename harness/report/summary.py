@@ -114,11 +114,9 @@ def lead_lines(summary: pd.DataFrame) -> pd.DataFrame:
     series = lead_series(summary)
     if series is None:
         return summary.iloc[:0]
-    lines = summary[
-        (summary["method"] == series[0]) & (summary["family"] == series[1]) & ~summary["misaligned"]
-    ]
-    selection = nearest_to_default(lines)
-    return lines[lines["selection"] == selection]
+    own = (summary["method"] == series[0]) & (summary["family"] == series[1])
+    lines = summary[own & ~summary["misaligned"]]
+    return lines[lines["selection"] == nearest_to_default(lines)]
 
 
 def nearest_to_default(lines: pd.DataFrame) -> str:
