@@ -187,7 +187,7 @@ def crossover(
     console = _wide_console()
     for folder in folders:
         if not any((folder / name).exists() for name in ("rows.jsonl", "rows.parquet")):
-            raise UserError(f"{folder}: has no rows; give one that `mocbench run` wrote, such as results/x")
+            raise UserError(f"{folder}: has no rows; give a folder of `mocbench run`, such as results/x")
     rows = pd.concat([read_rows(folder) for folder in folders], ignore_index=True)
     samples = pd.concat([read_samples(folder) for folder in folders], ignore_index=True)
     tables = tables_of(rows, samples)

@@ -101,7 +101,7 @@ def _union_note(union: pd.DataFrame) -> str:
     chance = "dotted, independent choices, 1 - (1 - K/d_ffn)^batch;"
     if union.empty:
         return f"{chance} no trained model was measured in these rows."
-    models = wording.listing(list(dict.fromkeys(union["preset"])))
+    models = wording.names(union["preset"])
     return f"{chance} marks, trained {models} on held-out text, each token of another text."
 
 
