@@ -208,14 +208,11 @@ def _environment_table(records: list[dict[str, Any]]) -> pd.DataFrame:
     same = [name for name in names if len({str(record.get(name)) for record in records}) == 1]
     lines = []
     for name in names:
-        values = [_plain(record.get(name)) for record in records]
+        known = (record.get(name) for record in records)
+        values = [wording.DASH if value is None else str(value) for value in known]
         lines.append([name, values[0], *([""] * (len(records) - 1) if name in same else values[1:])])
     several = [f"environment {index + 1}" for index in range(len(records))]
     return pd.DataFrame(lines, columns=["", *(several if len(records) > 1 else ["value"])])
-
-
-def _plain(value: object) -> str:
-    return wording.DASH if value is None else str(value)
 
 
 def _read(path: Path) -> str:

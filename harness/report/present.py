@@ -66,10 +66,6 @@ def _exponent(value: float) -> str:
     return wording.DASH if math.isnan(value) else f"{value:.1e}"
 
 
-def _signed(places: int) -> Callable[[float], str]:
-    return lambda value: wording.signed(value, places)
-
-
 def headline_for_people(headline: pd.DataFrame) -> pd.DataFrame:
     """`harness.report.summary.headline_table` as text; columns that say nothing are left out."""
     columns = _keys(headline) | {
@@ -106,9 +102,9 @@ def workload_table(summary: pd.DataFrame) -> pd.DataFrame:
             "transient peak": _value("transient_peak_bytes", wording.size),
             "saved bytes/token": _value("saved_activation_bytes_per_token", _whole),
             "loss (nats)": _with_interval("eval_loss_nats", _digits(4)),
-            "against dense (nats)": _value("loss_gap", _signed(3)),
+            "against dense (nats)": _value("loss_gap", partial(wording.signed, places=3)),
             "perplexity": _value("perplexity", _digits(4)),
-            "against dense (%)": _value("perplexity_change", _signed(1)),
+            "against dense (%)": _value("perplexity_change", partial(wording.signed, places=1)),
             "bits/byte": _value("bits_per_byte", _digits(4)),
             "untrained perplexity": _value("untrained_perplexity", _digits(4)),
             "tokens/parameter": _value("tokens_per_parameter", _digits(2)),

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from harness.search import pareto
 from harness.store.lines import append_lines, read_lines
-from harness.store.rows import MEASURED
+from harness.store.rows import MEASURED, BatchKey, batch_key, outcomes_that_count
 from harness.sweep.grid import assignment_of, baseline_of, make_point, point_of_row
 from harness.sweep.metrics import METRICS
 from harness.sweep.model import Optimize, Part, part_name
@@ -86,17 +86,11 @@ def outcome_of(search: Optimize, seeds: int, rows: Iterable[Row]) -> TrialOutcom
 
 
 def current(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """The rows of each point's newest measured attempt, or its newest one if none was measured."""
-    attempts: dict[str, dict[tuple[str, int], list[Row]]] = {}
+    """The rows of each point's newest measured attempt, or its newest one if none was measured, by key."""
+    attempts: dict[BatchKey, list[Row]] = {}
     for row in rows:
-        by_attempt = attempts.setdefault(row["point_key"], {})
-        by_attempt.setdefault((row["run_id"], row["attempt"]), []).append(row)
-    chosen = {}
-    for key, by_attempt in attempts.items():
-        newest_first = list(reversed(by_attempt.values()))
-        measured = [batch for batch in newest_first if all(row["status"] in MEASURED for row in batch)]
-        chosen[key] = (measured or newest_first)[0]
-    return chosen
+        attempts.setdefault(batch_key(row), []).append(row)
+    return {key: batch for (_, key), batch in outcomes_that_count(attempts.values()).items()}
 
 
 def _excess(metric: str, value: float, limit: float) -> float:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import filelock
 import pandas as pd
 
 from harness.store.lines import read_lines
-from harness.store.rows import COLUMN_TYPES, COLUMNS, DevicePoint, counts_over, device_point, whole_batches
+from harness.store.rows import COLUMN_TYPES, COLUMNS, outcomes_that_count, whole_batches
 from harness.sweep.catalog import FIELDS, WORKLOADS
 from harness.sweep.metrics import METRICS
 
@@ -34,11 +33,7 @@ def read_rows(folder: Path) -> pd.DataFrame:
     path = folder / "rows.jsonl"
     if not path.exists() and (folder / "rows.parquet").exists():
         return typed(pd.read_parquet(folder / "rows.parquet").reindex(columns=list(COLUMNS)))
-    current: dict[DevicePoint, list[dict[str, Any]]] = {}
-    for batch in whole_batches(read_lines(path)):
-        known = current.get(device_point(batch[-1]))
-        if counts_over(batch[-1]["status"], known[-1]["status"] if known else None):
-            current[device_point(batch[-1])] = batch
+    current = outcomes_that_count(whole_batches(read_lines(path)))
     kept = [row for batch in current.values() for row in batch]
     return typed(pd.DataFrame(kept, columns=list(COLUMNS)))
 

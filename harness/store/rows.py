@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from harness.sweep.catalog import FIELDS, WORKLOADS
 from harness.sweep.metrics import METRICS, STATUSES
 
+R = TypeVar("R", bound=Mapping[str, Any])  # a row
 # Columns of a row before and after those of its point.
 _RUN = {"schema_version": int, "sweep": str, "point_key": str, "run_id": str, "attempt": int}
 _METRIC = {"metric": str, "unit": str, "higher_is_better": bool}
@@ -41,6 +42,16 @@ def is_primary(row: Mapping[str, Any]) -> bool:
 def counts_over(new: str, old: str | None) -> bool:
     """Whether an outcome is shown in place of an earlier one: a failure never hides a measurement."""
     return old not in MEASURED or new in MEASURED
+
+
+def outcomes_that_count(batches: Iterable[list[R]]) -> dict[DevicePoint, list[R]]:
+    """The rows that count of each point on each device, from its outcomes in the order they were finished."""
+    found: dict[DevicePoint, list[R]] = {}
+    for batch in batches:
+        known = found.get(device_point(batch[-1]))
+        if counts_over(batch[-1]["status"], known[-1]["status"] if known else None):
+            found[device_point(batch[-1])] = batch
+    return found
 
 
 def whole_batches(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:

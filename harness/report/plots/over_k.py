@@ -35,7 +35,6 @@ from harness.search.pareto import front
 
 _K_AXIS = "K: channels kept per token (% of d_ffn)"
 _WHISKER: dict[str, Any] = {"capsize": 3, "elinewidth": 1.1, "capthick": 1.1}
-_INTERVALS = "Bars and bands: 95 % intervals of the measurement"
 
 
 def _level(axes: Axes, board: Board, style: Look, line: pd.Series, metric: str, scale: float) -> None:
@@ -52,14 +51,10 @@ def _note(summary: pd.DataFrame, metric: str, *, singles: bool = False) -> str:
     small = "; small marks: single seeds" if singles else ""
     if seeds >= SEEDS_FOR_INTERVAL:
         return f"Means of {seeds} seeds with 95 % t intervals{small}."
-    parts = []
-    if summary[f"{metric}_ci_low"].notna().any():
-        parts.append(f"{_INTERVALS}.")
-    if seeds == 2:
-        parts.append(f"Means of 2 seeds{small}.")
-    else:
-        parts.append("One seed: differences between seeds are not in the picture.")
-    return " ".join(parts)
+    measured = summary[f"{metric}_ci_low"].notna().any()
+    ends = "Bars and bands: 95 % intervals of the measurement. " if measured else ""
+    one = "One seed: differences between seeds are not in the picture."
+    return ends + (f"Means of 2 seeds{small}." if seeds == 2 else one)
 
 
 def against_k(

@@ -25,6 +25,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter
+from matplotlib.transforms import Bbox
 from PIL import Image
 
 from harness.report.wording import series_label
@@ -321,8 +322,8 @@ def _place_labels(axes: Axes, marks: Sequence[Mark]) -> None:
         beyond = [(x * wide, y) for y in (above, below) for x in (0, -0.45, 0.45, -0.9, 0.9)]
         for x, y in beside + beyond:
             box = _box(at[0] + x, at[1] + y, wide, tall)
-            inside = frame.x0 < box[0] and box[2] < frame.x1 and frame.y0 < box[1] and box[3] < frame.y1
-            if inside and not any(_overlap(box, other) for other in taken):
+            inside = frame.contains(box.x0, box.y0) and frame.contains(box.x1, box.y1)
+            if inside and not box.count_overlaps(taken):
                 taken.append(box)
                 note.set_position((x / point, y / point))
                 break
@@ -330,9 +331,5 @@ def _place_labels(axes: Axes, marks: Sequence[Mark]) -> None:
             note.remove()
 
 
-def _box(x: float, y: float, wide: float, high: float) -> tuple[float, float, float, float]:
-    return x - wide / 2, y - high / 2, x + wide / 2, y + high / 2
-
-
-def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+def _box(x: float, y: float, wide: float, high: float) -> Bbox:
+    return Bbox.from_bounds(x - wide / 2, y - high / 2, wide, high)

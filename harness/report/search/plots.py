@@ -32,10 +32,6 @@ def draw_search(search: Search, caption: str, folder: Path, tail: str) -> list[P
     return plots
 
 
-def _subject(search: Search) -> Subject:
-    return Subject(search=part_name(search.part))
-
-
 def _series(lines: pd.DataFrame) -> Iterable[tuple[Look, pd.DataFrame]]:
     """The trials of each method and rule, with how they are drawn."""
     rules = [str(selection) or None for selection in lines["selection"]]
@@ -47,7 +43,7 @@ def front_plot(search: Search, caption: str, path: Path) -> Plot:
     """Every pair of objectives: trials with intervals, the front, the dense baselines."""
     views, good = views_of(search), search.measured
     pairs = list(itertools.combinations(views, 2))[:6]
-    subject = _subject(search)
+    subject = Subject(search=part_name(search.part))
     board = Board([""] * len(pairs), columns=2, panel_inches=4.2, share_x=False, subject=subject)
     for axes, (up, across) in zip(board.axes, pairs, strict=True):
         if len(views) == 2:
@@ -82,7 +78,7 @@ def _front_panel(board: Board, axes: Axes, search: Search, up: View, across: Vie
         black = style.points(color="#111111", zorder=4)
         _points(axes, group, up, across, black)
         board.legend(line_handle(style, **black), f"{style.label}, baseline of a shape")
-    lines = pd.concat([search.measured, search.baselines.assign(on_front=False)])
+    lines = pd.concat([search.measured, search.baselines.assign(on_front=False, trial=0)])
     lines = lines.sort_values("on_front", ascending=False, kind="stable")
     x, y = (across.metric, across.scale), (up.metric, up.scale)
     texts = lines["trial"].where(lines["on_front"].astype(bool), "").astype(str)
@@ -103,8 +99,8 @@ def _points(axes: Axes, lines: pd.DataFrame, up: View, across: View, marks: dict
 def history_plot(search: Search, caption: str, path: Path) -> Plot:
     """Every objective over the trials in the order of measuring, and the best value so far."""
     views = views_of(search)
-    trials = search.trials
-    board = Board([""] * len(views), columns=1, panel_inches=2.4, subject=_subject(search))
+    trials, subject = search.trials, Subject(search=part_name(search.part))
+    board = Board([""] * len(views), columns=1, panel_inches=2.4, subject=subject)
     for axes, view in zip(board.axes, views, strict=True):
         for style, group in _series(search.measured):
             ends = interval(group, view.metric, view.scale)

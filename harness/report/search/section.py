@@ -73,24 +73,19 @@ def search_section(search: Search, results_dir: Path, caption: str, tail: str) -
     if not good.empty:
         best = best_first(good[good["on_front"]], views[0])
         heading = "Pareto set" if len(views) > 1 else "Best trial"
-        tables.append((heading, _table(search, best), _ratio_note(search)))
+        dense = search.settings.baseline
+        note = f"x {dense} and % against {dense}: against the dense baseline of the same shape, measured in"
+        note += " this run. Parentheses: 95 % intervals of the measurement."
+        tables.append((heading, _table(search, best), note))
     if not search.dense.empty:
-        dense = search.dense.assign(trial=wording.DASH)
         note = "front: no trial is as good in everything and better in something."
-        tables.append(("Dense baselines", _table(search, dense), note))
+        tables.append(("Dense baselines", _table(search, search.dense.assign(trial=wording.DASH)), note))
     tables.append(("All trials", _table(search, search.trials), ""))
     return Section(
         heading=f"Search {part_name(search.part)}",
         sentences=tuple(search_sentences(results_dir, search)),
         plots=tuple(draw_search(search, caption, results_dir / "plots", tail)),
         tables=tuple(tables),
-    )
-
-
-def _ratio_note(search: Search) -> str:
-    return (
-        f"x {search.settings.baseline} and % against {search.settings.baseline}: against the dense baseline "
-        "of the same shape, measured in this run. Parentheses: 95 % intervals of the measurement."
     )
 
 
