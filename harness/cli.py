@@ -30,55 +30,31 @@ app = typer.Typer(
 data_app = typer.Typer(help="Text sources: look at one, or tokenise it before a sweep.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
-RESULTS = Path("results")
+RESULTS, BENCHES = Path("results"), Path(".benchmarks")
 QUICK, FIRST_GPU = Path("sweeps/quick.yaml"), Path("sweeps/h100_first.yaml")
 
 
-class Device(enum.StrEnum):
-    """Where to measure."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class Executor(enum.StrEnum):
-    """Where workers run."""
-
-    local = "local"
-    ray = "ray"
-
-
-class Retry(enum.StrEnum):
-    """Which failed points to measure again."""
-
-    none = "none"
-    failed = "failed"
-    oom = "oom"
-    all = "all"
-
+Device = enum.StrEnum("Device", ["auto", "cpu", "cuda"])  # where to measure
+Executor = enum.StrEnum("Executor", ["local", "ray"])  # where workers run
+Retry = enum.StrEnum("Retry", ["none", "failed", "oom", "all"])  # which failed points to measure again
 
 SweepArgument = Annotated[
     Path | None,
     typer.Argument(help=f"Sweep file; without one, {QUICK}, or {FIRST_GPU} on a machine with a GPU."),
 ]
-ResultsOption = Annotated[Path, typer.Option("--results", help="Folder the results folders lie in.")]
+ResultsOption = Annotated[Path, typer.Option(help="Folder the results folders lie in.")]
 DataOption = Annotated[
     str | None,
-    typer.Option(
-        "--data", help="Text in place of the sweep's: stdlib, files:GLOB or hf:NAME[:CONFIG][:SPLIT]."
-    ),
+    typer.Option(help="Text in place of the sweep's: stdlib, files:GLOB or hf:NAME[:CONFIG][:SPLIT]."),
 ]
-DeviceOption = Annotated[Device, typer.Option("--device", help="Where to measure.")]
+DeviceOption = Annotated[Device, typer.Option(help="Where to measure.")]
 StorageOption = Annotated[
     str | None,
-    typer.Option(
-        "--storage",
-        help="Where workers meet: postgresql+psycopg://USER@HOST/DB; default: the results folder.",
-    ),
+    typer.Option(help="Where workers meet: postgresql+psycopg://USER@HOST/DB; default: the results folder."),
 ]
 WorkersOption = Annotated[int | None, typer.Option(min=1, help="Default: one a GPU, one on a CPU.")]
-RetryOption = Annotated[Retry, typer.Option("--retry", help="Measure failed points again.")]
+RetryOption = Annotated[Retry, typer.Option(help="Measure failed points again.")]
+VocabOption = Annotated[int, typer.Option(min=257)]
 
 
 @app.command()
@@ -100,8 +76,7 @@ def run(
     from harness.run.options import RunOptions
     from harness.run.runner import run_sweep
 
-    console = Console()
-    chosen = _device(device)
+    console, chosen = Console(), _device(device)
     path, model = _load(sweep, chosen, data)
     options = RunOptions(
         results=results,
@@ -152,9 +127,7 @@ def plan(
 
     path, model = _load(sweep, _device(device), data)
     plan = Plan(model, results, _device(device), retry)
-    # A pipe has no width; a line that is cut in two is no use to grep.
-    console = Console(width=None if sys.stdout.isatty() else 180, markup=False)
-    print_plan(model, plan, f"{path} on {plan.device_name}", console)
+    print_plan(model, plan, f"{path} on {plan.device_name}", _wide_console())
 
 
 @app.command()
@@ -178,11 +151,10 @@ def report(
     from harness.store.frames import export
 
     console = Console(markup=False)
-    folder = (
-        sweep
-        if sweep is not None and sweep.is_dir()
-        else results / _load(sweep, _device(device), None)[1].name
-    )
+    if sweep is not None and sweep.is_dir():
+        folder = sweep
+    else:
+        folder = results / _load(sweep, _device(device), None)[1].name
     refuse_links(folder)
     if (folder / "rows.jsonl").exists():
         export(folder)
@@ -198,7 +170,7 @@ def report(
 @app.command()
 def crossover(
     folders: Annotated[list[Path], typer.Argument(help="Results folders; they are read together.")],
-    plot: Annotated[Path | None, typer.Option("--plot", help="Also draw it, to this PNG file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw it, to this PNG file.")] = None,
 ) -> None:
     """Print up to which batch each sparse method decodes faster than the fastest dense one.
 
@@ -212,12 +184,10 @@ def crossover(
     from harness.report.tables import tables_of
     from harness.store.frames import read_rows, read_samples
 
-    console = Console(width=None if sys.stdout.isatty() else 180, markup=False)
+    console = _wide_console()
     for folder in folders:
-        if not (folder / "rows.jsonl").exists() and not (folder / "rows.parquet").exists():
-            raise UserError(
-                f"{folder}: has no rows; give a folder that `mocbench run` wrote, such as results/x"
-            )
+        if not any((folder / name).exists() for name in ("rows.jsonl", "rows.parquet")):
+            raise UserError(f"{folder}: has no rows; give a folder of `mocbench run`, such as results/x")
     rows = pd.concat([read_rows(folder) for folder in folders], ignore_index=True)
     samples = pd.concat([read_samples(folder) for folder in folders], ignore_index=True)
     tables = tables_of(rows, samples)
@@ -239,10 +209,11 @@ def crossover(
         raise UserError(f"--plot: the rows are of {', '.join(devices)}; a plot shows one device")
     own = rows[rows["workload"].isin(["ffn_decode", "generate"])]
     dates = sorted({str(value)[:10] for value in own["started_at"].dropna()})
-    names = " ".join(folder.resolve().name for folder in folders)
-    caption = " · ".join(
-        [devices[0], " to ".join(dict.fromkeys((dates[0], dates[-1]))), f"crossover {names}"]
+    when, names = (
+        " to ".join(dict.fromkeys((dates[0], dates[-1]))),
+        (folder.resolve().name for folder in folders),
     )
+    caption = f"{devices[0]} · {when} · crossover {' '.join(names)}"
     drawn = crossover_plot(tables, caption, plot)
     if drawn is not None:
         console.print(f"wrote {drawn.path}", highlight=False, soft_wrap=True)
@@ -254,9 +225,7 @@ def dashboard(
     storage: Annotated[
         str | None, typer.Option(help="Optuna storage URL; default: the journal file.")
     ] = None,
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; loopback unless you say otherwise.")
-    ] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address to listen on; by default loopback.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8080,
     device: DeviceOption = Device.auto,
     results: ResultsOption = RESULTS,
@@ -272,13 +241,11 @@ def dashboard(
 @app.command()
 def doctor(
     device: DeviceOption = Device.auto,
-    aa: Annotated[
-        int, typer.Option("--aa", min=0, help="Trials of a method against itself; 100 take minutes.")
-    ] = 0,
+    aa: Annotated[int, typer.Option(min=0, help="Trials of a method against itself; 100 take minutes.")] = 0,
     profiler: Annotated[
         bool, typer.Option("--profiler", help="Compare decode times with the profiler's kernel times (CUDA).")
     ] = False,
-    output: Annotated[Path | None, typer.Option("--output", help="Write all of it as JSON.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write all of it as JSON.")] = None,
 ) -> None:
     """Say what this machine is, how fast it can be, and whether measurements on it can be trusted."""
     from harness.doctor import examine
@@ -298,15 +265,12 @@ def compare(
     ],
     head: Annotated[str, typer.Argument(help="The same for what may have become slower.")],
     device: DeviceOption = Device.auto,
-    only: Annotated[list[str] | None, typer.Option("--only", metavar="NAME", help="One benchmark.")] = None,
+    only: Annotated[list[str] | None, typer.Option(metavar="NAME", help="One benchmark.")] = None,
     runs: Annotated[int, typer.Option(min=1, help="Compare so often; tests the judge.")] = 1,
     inject: Annotated[
-        list[str] | None,
-        typer.Option("--inject", metavar="NAME=SHARE", help="More work in head; tests the judge."),
+        list[str] | None, typer.Option(metavar="NAME=SHARE", help="More work in head; tests the judge.")
     ] = None,
-    output: Annotated[Path, typer.Option("--output", help="Folder for summary.md and its plot.")] = (
-        RESULTS / "compare"
-    ),
+    output: Annotated[Path, typer.Option(help="Folder for summary.md and its plot.")] = RESULTS / "compare",
 ) -> None:
     """Say of each benchmark or point whether HEAD became slower than BASE; exit code 3 if one did."""
     from harness.regression.compare.compare import compare as compare_sides
@@ -314,14 +278,7 @@ def compare(
 
     injections = parse_injections(inject or [])
     code = compare_sides(
-        base,
-        head,
-        _device(device),
-        output=output,
-        inject=injections,
-        runs=runs,
-        only=only or [],
-        say=_say,
+        base, head, _device(device), output=output, inject=injections, runs=runs, only=only or [], say=_say
     )
     if code:
         raise typer.Exit(code)
@@ -329,12 +286,8 @@ def compare(
 
 @app.command()
 def history(
-    storage: Annotated[Path, typer.Argument(help="Folder in which `make bench` keeps its files.")] = Path(
-        ".benchmarks"
-    ),
-    output: Annotated[Path, typer.Option("--output", help="Folder for history.md and its plots.")] = (
-        RESULTS / "history"
-    ),
+    storage: Annotated[Path, typer.Argument(help="Folder in which `make bench` keeps its files.")] = BENCHES,
+    output: Annotated[Path, typer.Option(help="Folder for history.md and its plots.")] = RESULTS / "history",
 ) -> None:
     """Draw every benchmark over the runs of `make bench` and say where it changed for good."""
     from harness.regression.history import write_history
@@ -352,7 +305,7 @@ def trial(job: Annotated[Path, typer.Argument(help="A job file (results/SWEEP/jo
 
 
 @data_app.command("stats")
-def data_stats(source: str = "stdlib", vocab_size: Annotated[int, typer.Option(min=257)] = 2048) -> None:
+def data_stats(source: str = "stdlib", vocab_size: VocabOption = 2048) -> None:
     """Documents, bytes and tokens of a text source."""
     from harness.training.data import stats
 
@@ -363,7 +316,7 @@ def data_stats(source: str = "stdlib", vocab_size: Annotated[int, typer.Option(m
 
 
 @data_app.command("prepare")
-def data_prepare(source: str = "stdlib", vocab_size: Annotated[int, typer.Option(min=257)] = 2048) -> None:
+def data_prepare(source: str = "stdlib", vocab_size: VocabOption = 2048) -> None:
     """Train the tokenizer and tokenise a text source into the cache."""
     from harness.training.data import prepare
 
@@ -373,6 +326,11 @@ def data_prepare(source: str = "stdlib", vocab_size: Annotated[int, typer.Option
 
 def _say(line: str) -> None:
     print(line, flush=True)  # at once, also into a pipe: somebody waits for the address
+
+
+def _wide_console() -> Console:
+    # A pipe has no width; a line that is cut in two is no use to grep.
+    return Console(width=None if sys.stdout.isatty() else 180, markup=False)
 
 
 def _device(device: Device) -> str:

@@ -77,9 +77,8 @@ class History:
             return _rule(row) != point.selection, abs(math.log(work / _row_flops(row)))
 
         row = min(known, key=distance)
-        metric = workload.step_metric
         ratio = work / _row_flops(row)
-        step = float(row["value"]) * _UNIT[metric] * ratio
+        step = float(row["value"]) * _UNIT[workload.step_metric] * ratio
         compile_s = self.metric(row["point_key"], "compile_s") or 0.0
         if workload.reads_text:
             steps = (point.train_tokens or 0) // point.tokens
@@ -87,9 +86,8 @@ class History:
             seconds = (steps + evaluations) * step + _COMPILE_TWICE * compile_s
         else:
             timed = int(row["n_samples"]) * step * workload.steps_per_sample
-            seconds = (
-                _POINT_SECONDS + compile_s + min(timed, workload.loops * part.measure.timing.max_seconds)
-            )
+            longest = workload.loops * part.measure.timing.max_seconds
+            seconds = _POINT_SECONDS + compile_s + min(timed, longest)
         return Duration(seconds, abs(ratio - 1) > 1e-9)
 
 

@@ -38,9 +38,7 @@ ITEM_SIZE = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 _STATE_BYTES = 12  # per parameter: the weight and Adam's two moments, fp32
 _WORKING = 6  # full-width tensors alive in an eager backward pass of one layer
 _WORKING_COMPILED = 4  # ... and where the elementwise work between products is fused
-_CPU_SLACK = (
-    1.8  # resident over counted bytes, the most seen: pages that malloc keeps, and buffers of libraries
-)
+_CPU_SLACK = 1.8  # resident over counted bytes, the most seen: pages malloc keeps, buffers of libraries
 _CUBLAS_BYTES = 64 * 2**20  # workspaces of cuBLAS on Hopper, one each for forward and backward thread
 
 
@@ -58,12 +56,12 @@ class Peak:
         """What has to fit on the device."""
         return (self.row_bytes + self.other_bytes) * self.slack
 
-    def corrected_by(self, rival: Peak, measured: float) -> Peak:
-        """The prediction corrected by the measured peak of a rival, which the formula puts at `rival`.
+    def corrected_by(self, other: Peak, measured: float) -> Peak:
+        """The prediction corrected by the measured peak of another method, which the formula puts at `other`.
 
-        What two methods of one setting differ in is what they save, so the rest of the formula cancels.
+        Two methods of one setting differ in what they save alone, so the rest of the formula cancels.
         """
-        corrected = max(0.0, measured + self.row_bytes - rival.row_bytes)
+        corrected = max(0.0, measured + self.row_bytes - other.row_bytes)
         return replace(self, row_bytes=corrected, slack=1.0)
 
 

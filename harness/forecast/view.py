@@ -14,7 +14,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from harness.forecast.duration import START_SECONDS, History
+from harness.forecast.duration import START_SECONDS, Duration, History
 from harness.forecast.memory import Peak, device_bytes, predict_peak
 from harness.measure.environment import device_name
 from harness.report import wording
@@ -42,8 +42,7 @@ class Line:
     unsupported: str | None
     peak: Peak | None
     measured_bytes: float | None  # the peak in its rows
-    seconds: float | None  # without the start of its process; None: unknown
-    scaled: bool
+    duration: Duration | None  # None: unknown
 
 
 class Plan:
@@ -74,7 +73,6 @@ class Plan:
 
     def _line(self, part: Part, point: Point, known: Mapping[tuple[str, str], str], retry: str) -> Line:
         reason = unsupported_reason(point, self.device)
-        estimate = None if reason else self.history.estimate(part, point)
         return Line(
             point=point,
             status=known.get((self.device_name, point.key), "missing"),
@@ -82,8 +80,7 @@ class Plan:
             unsupported=reason,
             peak=None if reason else predict_peak(point, self.device, self.history.saved_bytes(point)),
             measured_bytes=self.history.metric(point.key, PEAK_METRIC[self.device]),
-            seconds=None if estimate is None else estimate.seconds,
-            scaled=estimate is not None and estimate.scaled,
+            duration=None if reason else self.history.estimate(part, point),
         )
 
 
@@ -113,7 +110,7 @@ def _search_cells(part: Part, largest: list[Line], plan: Plan) -> tuple[str, str
     peaks = [line.peak.row_bytes for line in possible if line.peak is not None]
     full = any(_fills(line, plan.limit) for line in possible)
     status = "sampled, its largest point is predicted out of memory" if full else "sampled"
-    seconds = [line.seconds for line in possible if line.seconds is not None]
+    seconds = [line.duration.seconds for line in possible if line.duration is not None]
     if len(seconds) < len(possible) or not seconds:
         longest = "unknown"
     else:
@@ -134,7 +131,7 @@ def _summary(sweep: Sweep, plan: Plan, lines: list[Line]) -> list[str]:
         )
     full = [line for line in fresh if _fills(line, plan.limit)]
     running = [line for line in fresh if not line.unsupported and not _fills(line, plan.limit)]
-    known = [line.seconds for line in running if line.seconds is not None]
+    known = [line.duration.seconds for line in running if line.duration is not None]
     if known:
         total = sum(known) + START_SECONDS[plan.device] * plan.processes
         unknown = len(running) - len(known)
@@ -146,15 +143,13 @@ def _summary(sweep: Sweep, plan: Plan, lines: list[Line]) -> list[str]:
     if fresh:
         said.append(f"{count} predicted to run out of the {wording.size(plan.limit)} of {plan.device_name}")
     for workload in dict.fromkeys(line.point.workload for line in lines):
-        errors = [
-            line.peak.row_bytes / line.measured_bytes - 1
-            for line in lines
-            if line.point.workload == workload and line.peak is not None and line.measured_bytes
-        ]
+        own = [line for line in lines if line.point.workload == workload]
+        known_peaks = [(line.peak.row_bytes, line.measured_bytes) for line in own if line.peak is not None]
+        errors = [100 * (predicted / measured - 1) for predicted, measured in known_peaks if measured]
         if errors:
+            low, high = wording.signed(min(errors), 1), wording.signed(max(errors), 1)
             said.append(
-                f"memory formula against {len(errors)} measured peaks of {workload}:"
-                f" {wording.signed(100 * min(errors), 1)} to {wording.signed(100 * max(errors), 1)} %"
+                f"memory formula against {len(errors)} measured peaks of {workload}: {low} to {high} %"
             )
     return said
 
@@ -192,22 +187,22 @@ def _memory(line: Line) -> str:
 def _duration(line: Line, limit: float) -> str:
     if not line.fresh or line.unsupported or _fills(line, limit):
         return ""
-    if line.seconds is None:
+    if line.duration is None:
         return "unknown"
-    return f"{duration(line.seconds)}{', scaled' if line.scaled else ''}"
+    return f"{duration(line.duration.seconds)}{', scaled' if line.duration.scaled else ''}"
 
 
 def _corrected(lines: list[Line]) -> list[Line]:
-    """Predictions of unmeasured points, corrected by a measured rival of the same setting, dense if any."""
-    rivals: dict[tuple[Any, ...], tuple[Peak, float]] = {}
+    """Predictions of unmeasured points, corrected by a measured method of the same setting, dense if any."""
+    measured: dict[tuple[Any, ...], tuple[Peak, float]] = {}
     for line in sorted(lines, key=lambda line: not get_method(line.point.method).is_dense):
         if line.peak is not None and line.measured_bytes is not None:
-            rivals.setdefault(line.point.group_key, (line.peak, line.measured_bytes))
+            measured.setdefault(line.point.group_key, (line.peak, line.measured_bytes))
     corrected = []
     for line in lines:
-        rival = rivals.get(line.point.group_key)
-        if rival is not None and line.peak is not None and line.measured_bytes is None:
-            line = replace(line, peak=line.peak.corrected_by(*rival))
+        other = measured.get(line.point.group_key)
+        if other is not None and line.peak is not None and line.measured_bytes is None:
+            line = replace(line, peak=line.peak.corrected_by(*other))
         corrected.append(line)
     return corrected
 
@@ -222,9 +217,6 @@ def _statuses(folder: Path) -> dict[tuple[str, str], str]:
 
 def _all_rows(results: Path) -> pd.DataFrame:
     """Rows of every sweep under the results folder."""
-    folders = sorted(
-        {path.parent for name in ("rows.jsonl", "rows.parquet") for path in results.glob(f"*/{name}")}
-    )
-    frames = [read_rows(folder) for folder in folders]
+    frames = [read_rows(folder) for folder in sorted(results.glob("*/"))]
     frames = [frame for frame in frames if not frame.empty]
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=list(COLUMNS))

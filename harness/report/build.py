@@ -14,24 +14,14 @@ from typing import Any
 import pandas as pd
 
 from harness.errors import UserError
-from harness.report import wording
+from harness.report import render, wording
 from harness.report.crossover import crossover_table
 from harness.report.findings import findings
 from harness.report.memory_formula import memory_formula
 from harness.report.plots.draw import draw_plots
 from harness.report.plots.style import plot_subject
 from harness.report.present import failure_table, headline_for_people, memory_formula_table, workload_table
-from harness.report.render import (
-    Block,
-    Bullets,
-    Code,
-    Heading,
-    Paragraph,
-    Picture,
-    Table,
-    to_html,
-    to_markdown,
-)
+from harness.report.render import Block, Bullets, Code, Heading, Paragraph, Picture, Table
 from harness.report.search.section import Section, search_section, search_sentences, searched_parts, split
 from harness.report.summary import headline_table
 from harness.report.tables import Tables, tables_of
@@ -111,9 +101,8 @@ def write_report(results: Results) -> list[Path]:
         blocks.append(Paragraph(results.problem))
     for device in devices:
         tail = "" if len(devices) == 1 else "-" + _slug(device.name)
-        records = [
-            environments[key] for key in device.rows["env_id"].dropna().unique() if key in environments
-        ]
+        env_ids = device.rows["env_id"].dropna().unique()
+        records = [environments[key] for key in env_ids if key in environments]
         caption = _caption(device.rows, records, command, device.name)
         blocks.append(Heading(2, device.name))
         for search in device.searches:
@@ -126,8 +115,8 @@ def write_report(results: Results) -> list[Path]:
     pictures = [block.path for block in blocks if isinstance(block, Picture)]
     _remove_stale(folder / "plots", pictures)
     markdown, page = folder / "report.md", folder / "report.html"
-    markdown.write_text(to_markdown(blocks, folder), encoding="utf-8")
-    page.write_text(to_html(blocks), encoding="utf-8")
+    markdown.write_text(render.to_markdown(blocks, folder), encoding="utf-8")
+    page.write_text(render.to_html(blocks), encoding="utf-8")
     return [*pictures, markdown, page]
 
 
@@ -172,11 +161,8 @@ def _grid_blocks(tables: Tables, caption: str, folder: Path, tail: str) -> list[
         blocks += [heading, Table(crossover_table(tables.crossovers))]
     checked = memory_formula(tables.points)
     if not checked.empty:
-        blocks += [
-            Heading(3, "Memory self-test"),
-            Paragraph(_MEMORY_NOTE),
-            Table(memory_formula_table(checked)),
-        ]
+        blocks += [Heading(3, "Memory self-test"), Paragraph(_MEMORY_NOTE)]
+        blocks.append(Table(memory_formula_table(checked)))
     failed = failure_table(tables.points)
     if not failed.empty:
         blocks += [Heading(3, "Points without a result"), Table(failed)]
@@ -222,14 +208,11 @@ def _environment_table(records: list[dict[str, Any]]) -> pd.DataFrame:
     same = [name for name in names if len({str(record.get(name)) for record in records}) == 1]
     lines = []
     for name in names:
-        values = [_plain(record.get(name)) for record in records]
+        known = (record.get(name) for record in records)
+        values = [wording.DASH if value is None else str(value) for value in known]
         lines.append([name, values[0], *([""] * (len(records) - 1) if name in same else values[1:])])
     several = [f"environment {index + 1}" for index in range(len(records))]
     return pd.DataFrame(lines, columns=["", *(several if len(records) > 1 else ["value"])])
-
-
-def _plain(value: object) -> str:
-    return wording.DASH if value is None else str(value)
 
 
 def _read(path: Path) -> str:

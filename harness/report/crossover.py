@@ -15,30 +15,18 @@ import pandas as pd
 from harness.report import wording
 from harness.sweep.catalog import workloads_where
 
-# Lines that differ in the batch alone; a prompt's length is one of a whole model only.
-_SERIES = (
-    "device_name",
-    "workload",
-    "preset",
-    "d_model",
-    "d_ffn",
-    "n_layers",
-    "seq_len",
-    "dtype",
-    "method",
-    "selection",
-)
+SHAPE = ("workload", "preset", "d_model", "d_ffn", "n_layers", "seq_len", "dtype")  # of what is decoded
+_SERIES = ("device_name", *SHAPE, "method", "selection")  # its lines differ in the batch alone
 
 
 def crossovers(lines: pd.DataFrame) -> pd.DataFrame:
     """One line per device, shape, sparse method and selection that was decoded at several batches.
 
-    `lines` are as `decoded` gives them. Columns beside those that name the line:
-    `smallest` and `largest` batch measured, `x_smallest` and `x_largest` (speed against the fastest dense
-    method there),
-    `wins_to` (the largest batch up to which it wins at every measured one, NaN if it loses at the smallest)
-    and `crossing` (the batch, between measured ones, at which the ratio first falls to 1.0, NaN if it does
-    not). It wins at a batch where its ratio is above one with its whole interval.
+    `lines` are as `decoded` gives them. Columns beside those that name the line: `smallest` and `largest`
+    batch measured, `x_smallest` and `x_largest` (speed against the fastest dense method there), `wins_to`
+    (the largest batch up to which it wins at every measured one, NaN if it loses at the smallest) and
+    `crossing` (the batch, between measured ones, at which the ratio first falls to 1.0, NaN if it does not).
+    It wins at a batch where its ratio is above one with its whole interval.
     """
     found = [_line(series.sort_values("batch")) for _, series in lines.groupby(list(_SERIES), sort=False)]
     names = [*_SERIES, "family", "k_frac", "smallest", "largest", "x_smallest", "x_largest"]
@@ -47,12 +35,9 @@ def crossovers(lines: pd.DataFrame) -> pd.DataFrame:
 
 def decoded(summary: pd.DataFrame) -> pd.DataFrame:
     """The lines of a summary that compare the decoding speed of a sparse method with dense."""
-    sparse = (
-        summary["workload"].isin(workloads_where(decodes=True))
-        & (summary["family"] != "")
-        & ~summary["is_dense"]
-    )
-    return summary[sparse & summary["x_best_dense"].notna() & ~summary["misaligned"]]
+    decodes = summary["workload"].isin(workloads_where(decodes=True))
+    sparse = (summary["family"] != "") & ~summary["is_dense"]
+    return summary[decodes & sparse & summary["x_best_dense"].notna() & ~summary["misaligned"]]
 
 
 def _line(series: pd.DataFrame) -> dict[str, Any]:
@@ -115,5 +100,4 @@ def crossover_table(found: pd.DataFrame) -> pd.DataFrame:
 def _wins(line: pd.Series) -> str:
     if math.isnan(line["wins_to"]):
         return "none"
-    every = line["wins_to"] == line["largest"]
-    return f"{line['wins_to']:.0f}" + (" (all measured)" if every else "")
+    return f"{line['wins_to']:.0f}{' (all measured)' if line['wins_to'] == line['largest'] else ''}"

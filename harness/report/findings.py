@@ -14,6 +14,7 @@ from harness.measure.environment import CPU_PREFIX
 from harness.report import wording
 from harness.report.summary import SEEDS_FOR_INTERVAL, failures, gaps_hold_zero, lead_lines
 from harness.report.tables import Tables
+from harness.sweep.catalog import WORKLOADS
 
 # Below this a training run is too short to rank methods by quality (about 20 is compute-optimal).
 SHORT_RUN_TOKENS_PER_PARAMETER = 20
@@ -84,13 +85,10 @@ def speed_sentence(lead: pd.DataFrame, part: pd.DataFrame) -> str:
     line = lead.iloc[0]
     if lead["x_best_dense"].isna().all():
         return ""
-    names = wording.listing(list(dict.fromkeys(lead["baseline"])))
-    verbs = {"pretrain": "trains", "ffn_train": "runs one FFN training step", "generate": "generates"}
-    verb = verbs.get(line["workload"], "runs")
+    names, does = wording.names(lead["baseline"]), WORKLOADS[line["workload"]].does
     interval = ""
     if len(lead) == 1 and not math.isnan(line["x_best_dense_ci_low"]):
-        ends = (line["x_best_dense_ci_low"], line["x_best_dense_ci_high"])
-        interval = f", 95 % interval {ends[0]:.3g} to {ends[1]:.3g}"
+        interval = f", 95 % interval {line['x_best_dense_ci_low']:.3g} to {line['x_best_dense_ci_high']:.3g}"
     how = wording.by_pairing(
         lead["paired"],
         every="paired ratio",
@@ -98,13 +96,11 @@ def speed_sentence(lead: pd.DataFrame, part: pd.DataFrame) -> str:
         none="unpaired: each was measured in a process of its own",
     )
     figures = ""
-    if len(lead) == 1:
+    if len(lead) == 1 and not math.isnan(line["speed"]):
         dense = part[(part["cell"] == line["cell"]) & (part["method"] == line["baseline"])].iloc[0]
-        if not math.isnan(line["speed"]):
-            speeds = (wording.number(line["speed"]), wording.number(dense["speed"]))
-            figures = f"{speeds[0]} against {speeds[1]} tokens/s, "
+        figures = f"{wording.number(line['speed'])} against {wording.number(dense['speed'])} tokens/s, "
     sentence = (
-        f"{name_of(line)} {verb} at {wording.span(lead['x_best_dense'], wording.ratio)} the speed of the"
+        f"{name_of(line)} {does} at {wording.span(lead['x_best_dense'], wording.ratio)} the speed of the"
         f" fastest dense method of the same run ({names}; {figures}{how}{interval}) in {where(lead)}."
     )
     return sentence + _fastest_other(line, lead, part) + _noise(lead)
@@ -112,20 +108,16 @@ def speed_sentence(lead: pd.DataFrame, part: pd.DataFrame) -> str:
 
 def _noise(lead: pd.DataFrame) -> str:
     half = (lead["x_best_dense_ci_high"] - lead["x_best_dense_ci_low"]) / 2 / lead["x_best_dense"]
-    wide = int((half > NOISY_RATIO).sum())
-    if not wide:
+    noisy = int((half > NOISY_RATIO).sum())
+    if not noisy:
         return ""
-    subject = "Its interval is" if len(lead) == 1 else f"In {wide} of {len(lead)} settings the interval is"
+    subject = "Its interval is" if len(lead) == 1 else f"In {noisy} of {len(lead)} settings the interval is"
     return f" {subject} wider than ± {100 * NOISY_RATIO:.0f} %: measure again on a quiet machine."
 
 
 def _fastest_other(line: pd.Series, lead: pd.DataFrame, part: pd.DataFrame) -> str:
-    others = part[
-        ~part["is_dense"]
-        & ~part["misaligned"]
-        & part["x_best_dense"].notna()
-        & part["cell"].isin(set(lead["cell"]))
-    ]
+    known = ~part["is_dense"] & ~part["misaligned"] & part["x_best_dense"].notna()
+    others = part[known & part["cell"].isin(set(lead["cell"]))]
     means = others.groupby(["method", "selection"])["x_best_dense"].mean().sort_values()
     if means.empty or means.index[-1] == (line["method"], line["selection"]):
         return ""
@@ -141,10 +133,8 @@ def memory_sentence(lead: pd.DataFrame) -> str:
     saved = lead[lead["saved_change"].notna()]
     clauses = []
     if not peak.empty:
-        subject = f"Its {wording.peak_name(peak['peak_metric'].iloc[0])} is"
-        clauses.append(
-            f"{subject} {_against(peak, 'memory_change', _dense_methods(peak, 'leanest'), 'leanest')}"
-        )
+        against = _against(peak, "memory_change", _dense_methods(peak, "leanest"), "leanest")
+        clauses.append(f"Its {wording.peak_name(peak['peak_metric'].iloc[0])} is {against}")
     if not saved.empty:
         kept = wording.span(saved["saved_activation_bytes_per_token"], lambda value: f"{value:,.0f}")
         dense = _dense_methods(saved, "saved_leanest")
@@ -160,14 +150,13 @@ def _against(lead: pd.DataFrame, change: str, dense: str, who: str) -> str:
     clause = f"{wording.change(lead[change])} {dense}"
     fastest = lead[f"{change}_fastest"]
     if (lead[who] != lead["baseline"]).any() and fastest.notna().any():
-        names = wording.listing(list(dict.fromkeys(lead["baseline"])))
-        clause += f", and {wording.change(fastest)} {names}, the fastest"
+        clause += f", and {wording.change(fastest)} {wording.names(lead['baseline'])}, the fastest"
     return clause
 
 
 def _dense_methods(lead: pd.DataFrame, who: str) -> str:
     """The methods in the column `who`, and what they are among the dense methods."""
-    names = wording.listing(list(dict.fromkeys(lead[who])))
+    names = wording.names(lead[who])
     if lead["dense_as_fast"].all():
         return f"{names}, the leanest dense method of equal or better speed"
     if not lead["dense_as_fast"].any():
@@ -184,15 +173,11 @@ def quality_sentence(lead: pd.DataFrame) -> str:
     percent = wording.span(known["perplexity_change"], lambda value: f"{wording.signed(value, 1)} %")
     nats = wording.span(known["loss_gap"], lambda value: wording.signed(value, 3))
     budget = wording.span(known["train_tokens"], wording.tokens)
-    if len(known) == 1:
-        figures = f"{wording.number(line['perplexity'], 4)}, "
-        half = (line["loss_gap_ci_high"] - line["loss_gap_ci_low"]) / 2
-        doubt = "" if math.isnan(half) else f" ± {half:.3f}"
-    else:
-        figures, doubt = "", ""
-        halves = (known["loss_gap_ci_high"] - known["loss_gap_ci_low"]) / 2
-        if halves.notna().any():
-            doubt = f", each ± {wording.span(halves, lambda value: f'{value:.3f}')}"
+    figures = f"{wording.number(line['perplexity'], 4)}, " if len(known) == 1 else ""
+    halves, doubt = (known["loss_gap_ci_high"] - known["loss_gap_ci_low"]) / 2, ""
+    if halves.notna().any():
+        each = " ±" if len(known) == 1 else ", each ±"
+        doubt = f"{each} {wording.span(halves, lambda value: f'{value:.3f}')}"
     verdict = "; no difference shows within that uncertainty" if gaps_hold_zero(known) else ""
     return (
         f"After {budget} training tokens its validation perplexity is {figures}{percent} from dense "

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -26,19 +26,9 @@ from moc.methods import METHODS
 CELL: tuple[str, ...] = ("device_name", *(field.name for field in FIELDS if field.in_cell))
 _NUMBERS = tuple(field.name for field in FIELDS if field.type is not str)
 _WORDS = (*(field.name for field in FIELDS if field.type is str), "detail")
-_NUMERIC_COMPARISONS = (
-    "x_best_dense",
-    "x_best_dense_ci_low",
-    "x_best_dense_ci_high",
-    "memory_change",
-    "saved_change",
-    "memory_change_fastest",
-    "saved_change_fastest",
-    "loss_gap",
-    "loss_gap_ci_low",
-    "loss_gap_ci_high",
-    "perplexity_change",
-)
+_CHANGES = ("memory_change", "saved_change", "memory_change_fastest", "saved_change_fastest")
+COMPARISONS = ("x_best_dense", *_CHANGES, "loss_gap", "perplexity_change")
+_INTERVALS = tuple(f"{name}_ci_{end}" for name in ("x_best_dense", "loss_gap") for end in ("low", "high"))
 _METHODS_COMPARED = ("baseline", "leanest", "saved_leanest")
 
 
@@ -159,19 +149,13 @@ def _with_derived(points: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
 def _paired_over(points: pd.DataFrame, rows: pd.DataFrame) -> list[str]:
     """The method a point's paired ratio was taken against, as its row says; empty if it has none."""
     ratios = rows[rows["metric"] == "speedup_vs_best_dense"]
-    over = {
-        (device, key): str(detail).removeprefix("over ")
-        for device, key, detail in zip(
-            ratios["device_name"], ratios["point_key"], ratios["detail"], strict=True
-        )
-    }
+    details = ratios.set_index(["device_name", "point_key"])["detail"].astype(str)
+    over = details.str.removeprefix("over ").to_dict()
     return [over.get(where, "") for where in zip(points["device_name"], points["point_key"], strict=True)]
 
 
 def _with_comparisons(points: pd.DataFrame, windows: dict[str, NDArray[np.float64]]) -> pd.DataFrame:
-    records: list[dict[str, Any]] = [
-        {str(k): v for k, v in line.items()} for line in points.to_dict("records")
-    ]
+    records = cast(list[dict[str, Any]], points.to_dict("records"))
     groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for point in records:
         if point["measured"]:
@@ -184,11 +168,10 @@ def _with_comparisons(points: pd.DataFrame, windows: dict[str, NDArray[np.float6
             for point in group:
                 found[id(point)] = _compare(point, baseline, dense or [baseline])
                 found[id(point)].update(_paired_gap(point, baseline, windows))
-    nothing = {**dict.fromkeys(_NUMERIC_COMPARISONS, math.nan), **dict.fromkeys(_METHODS_COMPARED, "")}
-    flags = dict.fromkeys(("dense_as_fast", "gap_paired", "paired", "unpaired"), False)
-    lines = [{**nothing, **flags, **found.get(id(point), {})} for point in records]
-    columns = [*_NUMERIC_COMPARISONS, *_METHODS_COMPARED, *flags]
-    return points.join(pd.DataFrame(lines, columns=columns, index=points.index))
+    nothing = {**dict.fromkeys((*COMPARISONS, *_INTERVALS), math.nan), **dict.fromkeys(_METHODS_COMPARED, "")}
+    nothing |= dict.fromkeys(("dense_as_fast", "gap_paired", "paired", "unpaired"), False)
+    lines = [{**nothing, **found.get(id(point), {})} for point in records]
+    return points.join(pd.DataFrame(lines, columns=list(nothing), index=points.index))
 
 
 def _fastest(group: list[dict[str, Any]], dense: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -247,9 +230,8 @@ def _paired_gap(
     if point is baseline or own is None or other is None or own.shape != other.shape or own.size < 2:
         return {}
     difference = own - other
-    half = float(
-        stats.t.ppf(0.975, difference.size - 1) * difference.std(ddof=1) / math.sqrt(difference.size)
-    )
+    error = difference.std(ddof=1) / math.sqrt(difference.size)
+    half = float(stats.t.ppf(0.975, difference.size - 1) * error)
     gap = point["eval_loss_nats"] - baseline["eval_loss_nats"]
     return {"loss_gap_ci_low": gap - half, "loss_gap_ci_high": gap + half, "gap_paired": True}
 

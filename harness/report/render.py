@@ -88,16 +88,13 @@ def _png_data(path: Path) -> str:
     return base64.b64encode(path.read_bytes()).decode()
 
 
-def _kind(block: Block) -> str:
-    return type(block).__name__
-
-
 def _template(text: str, *, escape: bool) -> Template:
     environment = Environment(
         autoescape=escape, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
     )
-    filters = (_no_markup, _markdown_cell, _png_data, _kind)
+    filters = (_no_markup, _markdown_cell, _png_data)
     environment.filters.update({function.__name__.lstrip("_"): function for function in filters})
+    environment.filters["kind"] = lambda block: type(block).__name__
     return environment.from_string(text)
 
 

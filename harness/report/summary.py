@@ -10,39 +10,26 @@ import pandas as pd
 from pandas.core.groupby import DataFrameGroupBy
 from scipy import stats
 
+from harness.report.points import COMPARISONS
 from harness.sweep.catalog import WORKLOADS
 from harness.sweep.metrics import METRICS
 from moc.methods import METHODS
 
 DEFAULT_K = 0.1875
-
-
 # From so many seeds on, their scatter gives a mean its interval.
 SEEDS_FOR_INTERVAL = 3
-
-
 # Which sparse series titles and sentences are about, if several were measured.
 _LEAD_METHODS = ("moc", "moc_fp8", "moc_reference")
-
-
 # The order people meet them in: the paper's rule first, its local stand-in of the same budget next.
 _FAMILIES = ("topk", "nm:12:64", "nm:2:8", "topk_abs", "threshold")
-
-
 # What is averaged over the seeds of a cell, method and selection.
-_AVERAGED = (
-    *METRICS,
-    "speed",
-    "peak_bytes",
-    "x_best_dense",
-    "memory_change",
-    "saved_change",
-    "loss_gap",
-    "memory_change_fastest",
-    "saved_change_fastest",
-    "perplexity_change",
-    "tokens_per_parameter",
-)
+_AVERAGED = (*METRICS, "speed", "peak_bytes", *COMPARISONS, "tokens_per_parameter")
+# Columns of the headline by the column of the summary they come from, where the two names differ.
+_HEADLINE_NAMES = {
+    "speed": "tokens_per_s",
+    "peak_bytes": "peak_memory_bytes",
+    "saved_activation_bytes_per_token": "saved_bytes_per_token",
+}
 
 
 def summarise(points: pd.DataFrame) -> pd.DataFrame:
@@ -56,13 +43,8 @@ def summarise(points: pd.DataFrame) -> pd.DataFrame:
     groups = measured.groupby(["cell", "method", "selection"], sort=False)
     first = groups.head(1).reset_index(drop=True)
     means = groups[list(_AVERAGED)].mean().reset_index(drop=True)
-    over_seeds = pd.DataFrame(
-        {
-            "seeds": groups["seed"].nunique(),
-            "unstable": groups["unstable"].any(),
-            "throttled": groups["throttled"].any(),
-        }
-    ).reset_index(drop=True)
+    over_seeds = groups[["unstable", "throttled"]].any().reset_index(drop=True)
+    over_seeds.insert(0, "seeds", groups["seed"].nunique().to_numpy())
     columns = {**means, **_intervals(groups), **over_seeds}
     kept = first.drop(columns=[name for name in columns if name in first])
     return in_order(kept.join(pd.DataFrame(columns, index=kept.index)))
@@ -103,25 +85,9 @@ def in_order(table: pd.DataFrame) -> pd.DataFrame:
         _known=[_rank(name, tuple(METHODS)) for name in table["method"]],
         _rule=[_rank(name, _FAMILIES) for name in table["family"]],
     )
-    order = [
-        "device_name",
-        "_work",
-        "workload",
-        "_size",
-        "preset",
-        "tokens",
-        "seq_len",
-        "dtype",
-        "cell",
-        "_sparse",
-        "_known",
-        "method",
-        "_rule",
-        "family",
-        "k_frac",
-        "selection",
-    ]
-    index = keys.sort_values(order, kind="stable").index
+    cell = ["device_name", "_work", "workload", "_size", "preset", "tokens", "seq_len", "dtype", "cell"]
+    series = ["_sparse", "_known", "method", "_rule", "family", "k_frac", "selection"]
+    index = keys.sort_values([*cell, *series], kind="stable").index
     return table.loc[index].reset_index(drop=True)
 
 
@@ -148,11 +114,9 @@ def lead_lines(summary: pd.DataFrame) -> pd.DataFrame:
     series = lead_series(summary)
     if series is None:
         return summary.iloc[:0]
-    lines = summary[
-        (summary["method"] == series[0]) & (summary["family"] == series[1]) & ~summary["misaligned"]
-    ]
-    selection = nearest_to_default(lines)
-    return lines[lines["selection"] == selection]
+    own = (summary["method"] == series[0]) & (summary["family"] == series[1])
+    lines = summary[own & ~summary["misaligned"]]
+    return lines[lines["selection"] == nearest_to_default(lines)]
 
 
 def nearest_to_default(lines: pd.DataFrame) -> str:
@@ -160,14 +124,6 @@ def nearest_to_default(lines: pd.DataFrame) -> str:
     ranked = lines.groupby("selection").agg(cells=("cell", "nunique"), k=("k_frac", "mean"))
     ranked["off"] = (ranked["k"] - DEFAULT_K).abs()
     return str(ranked.sort_values(["cells", "off"], ascending=[False, True], kind="stable").index[0])
-
-
-# Columns of the headline by the column of the summary they come from, where the two names differ.
-_HEADLINE_NAMES = {
-    "speed": "tokens_per_s",
-    "peak_bytes": "peak_memory_bytes",
-    "saved_activation_bytes_per_token": "saved_bytes_per_token",
-}
 
 
 def headline_table(summary: pd.DataFrame) -> pd.DataFrame:

@@ -96,6 +96,11 @@ def listing(items: Sequence[str]) -> str:
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
 
 
+def names(found: Iterable[str]) -> str:
+    """Each name once, in the order found: a, b and c; empty names are left out."""
+    return listing(list(dict.fromkeys(name for name in found if name)))
+
+
 def by_pairing(paired: pd.Series, every: str, some: str, none: str) -> str:
     """The one of three texts that says which of these lines have a speed ratio that was measured as such."""
     return every if paired.all() else some if paired.any() else none

@@ -47,11 +47,7 @@ class Gallery:
     def hang(self, study_name: str, picture: Path, trial: int | None = None) -> None:
         """Copy a picture beside the study, or its trial of that number; one of its name is replaced."""
         study_id = self.storage.get_study_id_from_name(study_name)
-        whose = None
-        if trial is not None:
-            whose = self.storage.get_trial(
-                self.storage.get_trial_id_from_study_id_trial_number(study_id, trial)
-            )
+        whose = None if trial is None else self.storage.get_all_trials(study_id, deepcopy=False)[trial]
         key, artifact_id = _attribute_and_id(study_name, picture.name, whose)
         with picture.open("rb") as file:
             self.store.write(artifact_id, file)

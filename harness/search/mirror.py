@@ -65,10 +65,6 @@ class Mirror:
         """Rows by point key, of points whose outcome has not been shown before."""
         rows: dict[str, list[dict[str, Any]]] = {}
         for device_name in {device_name for device_name, _ in status}:
-            news = [
-                key
-                for (name, key), new in status.items()
-                if name == device_name and self._shown.get((name, key)) != new
-            ]
-            rows |= self._store.current(device_name, news)
+            fresh = [at for at, new in status.items() if self._shown.get(at) != new]
+            rows |= self._store.current(device_name, [key for name, key in fresh if name == device_name])
         return rows

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import filelock
 import numpy as np
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from harness.search import pareto
 from harness.store.lines import append_lines, read_lines
-from harness.store.rows import MEASURED
+from harness.store.rows import MEASURED, BatchKey, batch_key, outcomes_that_count
 from harness.sweep.grid import assignment_of, baseline_of, make_point, point_of_row
 from harness.sweep.metrics import METRICS
 from harness.sweep.model import Optimize, Part, part_name
@@ -31,12 +31,7 @@ Row = Mapping[str, Any]
 
 # Outcomes that lie in the point itself, by the constraint they break: the sampler must keep away from there.
 # A crash is none of them: it says nothing about the points around it.
-INFEASIBLE: dict[str, str] = {
-    "oom": "fits_memory",
-    "unsupported": "supported",
-    "wrong": "correct",
-    "timeout": "in_time",
-}
+INFEASIBLE = {"oom": "fits_memory", "unsupported": "supported", "wrong": "correct", "timeout": "in_time"}
 _TIMES = ("tokens_per_s", "step_ms", "latency_us")
 _PAIRED = "speedup_vs_best_dense"
 # One line per training that was given up: it is no measurement and has no row.
@@ -91,17 +86,11 @@ def outcome_of(search: Optimize, seeds: int, rows: Iterable[Row]) -> TrialOutcom
 
 
 def current(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """The rows of each point's newest measured attempt, or its newest one if none was measured."""
-    attempts: dict[str, dict[tuple[str, int], list[Row]]] = {}
+    """The rows of each point's newest measured attempt, or its newest one if none was measured, by key."""
+    attempts: dict[BatchKey, list[Row]] = {}
     for row in rows:
-        by_attempt = attempts.setdefault(row["point_key"], {})
-        by_attempt.setdefault((row["run_id"], row["attempt"]), []).append(row)
-    chosen = {}
-    for key, by_attempt in attempts.items():
-        newest_first = list(reversed(by_attempt.values()))
-        measured = [batch for batch in newest_first if all(row["status"] in MEASURED for row in batch)]
-        chosen[key] = (measured or newest_first)[0]
-    return chosen
+        attempts.setdefault(batch_key(row), []).append(row)
+    return {key: batch for (_, key), batch in outcomes_that_count(attempts.values()).items()}
 
 
 def _excess(metric: str, value: float, limit: float) -> float:
@@ -137,7 +126,7 @@ def against_dense(
     if not pairs or len(pairs) < len(mine):
         return found
     for metric in dict.fromkeys((*(objective.metric for objective in search.objectives), *_TIMES)):
-        over = [(_value(batch, metric), _value(rival, metric)) for batch, rival in pairs]
+        over = [(_value(batch, metric), _value(other, metric)) for batch, other in pairs]
         ratios = [a / b for a, b in over if a is not None and b]
         if len(ratios) < len(pairs):
             continue
@@ -198,17 +187,15 @@ def losses_of(search: Optimize, lines: pd.DataFrame) -> NDArray[np.float64]:
 def read_search(part: Part, rows: pd.DataFrame) -> Search | None:
     """The search of a part among the current rows of one device; None if no row belongs to it."""
     assert part.optimize is not None
-    records = [{str(name): value for name, value in row.items()} for row in rows.to_dict("records")]
     by_point: dict[str, list[Row]] = {}
-    for record in records:
+    for record in cast(list[Row], rows.to_dict("records")):
         by_point.setdefault(str(record["point_key"]), []).append(record)
-    found, rivals = trials_of(part, by_point)
+    found, baselines = trials_of(part, by_point)
     lines: list[dict[str, Any]] = []
     dense_lines: dict[str, dict[str, Any]] = {}
     for assignment, points in found:
         own = [row for point in points for row in by_point.get(point.key, [])]
-        baselines = [by_point.get(key, []) for key in rivals[points[0].key]]
-        dense_rows = [row for batch in baselines for row in batch]
+        dense_rows = [row for key in baselines[points[0].key] for row in by_point.get(key, [])]
         lines.append(_line(part, assignment, points[0], own, dense_rows))
         if dense_rows:
             shape = point_of_row(part, dense_rows[0])
@@ -221,13 +208,13 @@ def read_search(part: Part, rows: pd.DataFrame) -> Search | None:
     trials.insert(0, "trial", range(1, len(trials) + 1))
     dense = pd.DataFrame(list(dense_lines.values()), columns=list(lines[0]))
     trials["on_front"], dense["on_front"] = False, False
-    good, rivals_ = trials[trials["feasible"]], dense[dense["feasible"].astype(bool)]
+    good, good_dense = trials[trials["feasible"]], dense[dense["feasible"].astype(bool)]
     values = losses_of(part.optimize, good)
     trials.loc[good.index[pareto.front(values)], "on_front"] = True
-    beaten = pareto.dominated(losses_of(part.optimize, rivals_), values)
-    dense.loc[rivals_.index[~beaten], "on_front"] = True
+    beaten = pareto.dominated(losses_of(part.optimize, good_dense), values)
+    dense.loc[good_dense.index[~beaten], "on_front"] = True
     keys = {point.key for _, points in found for point in points}
-    keys |= {key for each in rivals.values() for key in each if key in by_point}
+    keys |= {key for each in baselines.values() for key in each if key in by_point}
     return Search(part, trials, dense, frozenset(keys))
 
 
@@ -241,7 +228,7 @@ def trials_of(
     row names is taken as the text of the sweep.
     """
     found: dict[str, tuple[dict[str, Any], list[Point]]] = {}
-    rivals: dict[str, list[str]] = {}
+    baselines: dict[str, list[str]] = {}
     for batch in by_point.values():
         row = batch[0]
         if row["workload"] != part.workload or row["seed"] not in part.seeds:
@@ -258,10 +245,9 @@ def trials_of(
         points = [dataclasses.replace(point, seed=seed) for seed in part.seeds]
         shared = baseline_of(part, assignment)
         found.setdefault(points[0].key, (dict(assignment), points))
-        rivals[points[0].key] = [make_point(part, shared, seed, ids).key for seed in part.seeds]
-    baselines = {key for first, keys in rivals.items() for key in keys if first not in keys}
-    trials = [trial for first, trial in found.items() if first not in baselines]
-    return trials, rivals
+        baselines[points[0].key] = [make_point(part, shared, seed, ids).key for seed in part.seeds]
+    of_others = {key for first, keys in baselines.items() for key in keys if first not in keys}
+    return [trial for first, trial in found.items() if first not in of_others], baselines
 
 
 def _line(
@@ -273,13 +259,8 @@ def _line(
     broken = [name for name, excess in outcome.violations.items() if excess > 0]
     line: dict[str, Any] = {
         **assignment,
-        **{
-            "k": point.k,
-            "k_pct": 100 * (point.k_frac or math.nan),
-            "method": point.method,
-            "point_key": point.key,
-        },
-        **{"selection": point.selection or "", "lr": point.lr, "tokens": point.tokens},
+        **{"method": point.method, "selection": point.selection or "", "point_key": point.key},
+        **{"k_pct": 100 * (point.k_frac or math.nan), "lr": point.lr, "tokens": point.tokens},
         **{"status": outcome.status, "detail": outcome.detail, "broken": ", ".join(broken)},
         **{"feasible": outcome.feasible, "speed_vs_dense": math.nan, "speed_paired": False},
         "started_at": next((row["started_at"] for row in rows), ""),

@@ -21,7 +21,7 @@ from optuna.trial import Trial, TrialState
 from harness.errors import SpecError, near_miss
 from harness.search.outcome import INFEASIBLE, Row, TrialOutcome, against_dense, outcome_of, trials_of
 from harness.search.samplers import RUNGS, generation_attributes, space
-from harness.search.study import PartStudy, attributes, write_note
+from harness.search.study import PartStudy, attributes, has_outcome, write_note
 from harness.store.rows import MEASURED
 from harness.sweep.catalog import AxisValue
 from harness.sweep.grid import baseline_of, make_point, point_of_row
@@ -63,7 +63,7 @@ class SearchStudy:
         """The next trial; None once `n_trials` have ended or are running, here or in other workers."""
         if self._taken() >= self._settings.n_trials:
             return None
-        trial = self.study.optuna.ask(self.study.distributions)
+        trial = self.study.ask()
         if self._taken(before=trial.number) >= self._settings.n_trials:
             self.study.optuna.tell(trial, state=TrialState.FAIL)  # another worker took the last one meanwhile
             return None
@@ -97,8 +97,7 @@ class SearchStudy:
 
     def reached(self, proposal: Proposal) -> dict[int, float]:
         """The objective of a training by percent of its tokens, as far as it got."""
-        trials = self.study.trials()
-        return dict(trials[proposal.trial.number].intermediate_values)
+        return dict(self.study.trials()[proposal.trial.number].intermediate_values)
 
     def settle(self, proposal: Proposal, rows: Mapping[str, Sequence[Row]]) -> str:
         """End a proposal's trial from the rows known by point key; returns its status.
@@ -124,12 +123,12 @@ class SearchStudy:
         """Add the trials that the rows tell of, if the study has none that ended; returns how many."""
         if self.study.ended():
             return 0
-        found, rivals = trials_of(self._part, finished, self._data_ids)
+        found, baselines = trials_of(self._part, finished, self._data_ids)
         count = 0
         for assignment, own_points in found[: self._settings.n_trials]:
             first = own_points[0]
             rows = [row for point in own_points for row in finished.get(point.key, ())]
-            dense = [row for key in rivals[first.key] for row in finished.get(key, ())]
+            dense = [row for key in baselines[first.key] for row in finished.get(key, ())]
             outcome = self._outcome(rows)
             if outcome.status != "running":
                 trial = self.study.start(assignment, first, generation_attributes(self._settings, count))
@@ -151,13 +150,8 @@ class SearchStudy:
             rows = [row for each in seeds for row in finished.get(each.key, ())]
             outcome = self._outcome(rows)
             if outcome.status != "running":
-                own = {each.key for each in seeds}
-                dense = [
-                    row
-                    for key in trial.user_attrs.get("needs", ())
-                    if key not in own
-                    for row in finished.get(key, ())
-                ]
+                others = set(trial.user_attrs.get("needs", ())) - {each.key for each in seeds}
+                dense = [row for key in sorted(others) for row in finished.get(key, ())]
                 self._end(self.study.running(trial.number), seeds[0], rows, dense, outcome)
 
     def _plain(self, name: str, value: AxisValue) -> AxisValue:
@@ -213,7 +207,7 @@ class SearchStudy:
     def _taken(self, before: int | None = None) -> int:
         """Trials, of those with a lower number than `before`, that have an outcome or may get one."""
         return sum(
-            trial.state == TrialState.RUNNING or trial.user_attrs.get("status") not in (None, "running")
+            trial.state == TrialState.RUNNING or has_outcome(trial)
             for trial in self.study.trials()
             if before is None or trial.number < before
         )

@@ -6,18 +6,15 @@ Settings were chosen on a surface whose front is known (`tests/harness/test_opti
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
-import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner
 from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.samplers.nsgaii import BLXAlphaCrossover
-from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState
 
+from harness.search import quiet
 from harness.sweep.catalog import FIELD, AxisValue
 from harness.sweep.model import Optimize, Part, Range
 from harness.sweep.point import Point
@@ -56,69 +53,16 @@ def population_size(n_trials: int) -> int:
     return min(50, max(4, n_trials // 15))
 
 
-def make_sampler(search: Optimize | None) -> BaseSampler:
-    """The sampler a sweep asks for, seeded for each trial on its own; a grid asks for none."""
-    return RandomSampler(seed=0) if search is None else SeededByTrial(search)
-
-
-def make_pruner(search: Optimize | None) -> BasePruner:
-    """The pruner a sweep asks for; its steps are percent of a training's tokens."""
-    if search is None:
-        return NopPruner()
-    if search.pruner == "median":
-        # Before half-time a learning rate that is best in the end can look bad.
-        startup = max(3, min(5, search.n_trials // 4))
-        return MedianPruner(n_startup_trials=startup, n_warmup_steps=RUNGS[1], n_min_trials=3)
-    if search.pruner == "hyperband":
-        return HyperbandPruner(min_resource=RUNGS[0], max_resource=100, reduction_factor=2)
-    return NopPruner()
-
-
-class SeededByTrial(BaseSampler):
-    """A sampler made afresh for each trial, its seed a hash of the sweep's seed and the trial's number.
+def make_sampler(search: Optimize, trial: int) -> BaseSampler:
+    """The sampler of one trial of a search, its seed a hash of the sweep's seed and the trial's number.
 
     A seed per process would repeat itself: workers that share one, and a run that is taken up again, draw the
     same first points. A trial's number is unique in a study whoever takes it.
     """
-
-    def __init__(self, search: Optimize) -> None:
-        self._search = search
-        self._sampler: BaseSampler = RandomSampler(seed=0)
-
-    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
-        """See `optuna.samplers.BaseSampler`."""
-        text = f"{self._search.seed}/{trial.number}".encode()
-        self._sampler = _fresh(self._search, int.from_bytes(hashlib.sha256(text).digest()[:4], "big"))
-        self._sampler.before_trial(study, trial)
-
-    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """See `optuna.samplers.BaseSampler`."""
-        return self._sampler.infer_relative_search_space(study, trial)
-
-    def sample_relative(
-        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        """See `optuna.samplers.BaseSampler`."""
-        return self._sampler.sample_relative(study, trial, search_space)
-
-    def sample_independent(
-        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
-        """See `optuna.samplers.BaseSampler`."""
-        return self._sampler.sample_independent(study, trial, param_name, param_distribution)
-
-    def after_trial(
-        self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
-    ) -> None:
-        """See `optuna.samplers.BaseSampler`."""
-        self._sampler.after_trial(study, trial, state, values)
-
-
-def _fresh(search: Optimize, seed: int) -> BaseSampler:
+    seed = int.from_bytes(hashlib.sha256(f"{search.seed}/{trial}".encode()).digest()[:4], "big")
     if search.sampler == "random":
         return RandomSampler(seed=seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    with quiet():
         if search.sampler == "nsga2":
             # Swapping parents' values alone finds no new value of a continuous axis; blending does.
             size = population_size(search.n_trials)
@@ -126,6 +70,17 @@ def _fresh(search: Optimize, seed: int) -> BaseSampler:
         startup = max(2, min(10, search.n_trials // 3))
         # Running trials count as bad ones, so that workers do not all propose the same.
         return TPESampler(seed=seed, multivariate=True, constant_liar=True, n_startup_trials=startup)
+
+
+def make_pruner(search: Optimize | None) -> BasePruner:
+    """The pruner a sweep asks for; its steps are percent of a training's tokens."""
+    if search is None or search.pruner == "none":
+        return NopPruner()
+    if search.pruner == "median":
+        # Before half-time a learning rate that is best in the end can look bad.
+        startup = max(3, min(5, search.n_trials // 4))
+        return MedianPruner(n_startup_trials=startup, n_warmup_steps=RUNGS[1], n_min_trials=3)
+    return HyperbandPruner(min_resource=RUNGS[0], max_resource=100, reduction_factor=2)
 
 
 def generation_attributes(search: Optimize, index: int) -> dict[str, Any]:

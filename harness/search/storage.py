@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import re
-import warnings
 from pathlib import Path
 
 import filelock
-import optuna
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from sqlalchemy.exc import SQLAlchemyError
 
 from harness.errors import UserError
+from harness.search import quiet
 from harness.store.lines import LOCK_POLL_SECONDS, cut_partial_line
 
 JOURNAL_NAME = "study.journal"
@@ -50,8 +49,7 @@ def open_storage(folder: Path, url: str | None = None) -> Storage:
     there.
     """
     if url is None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        with quiet():
             path = folder / JOURNAL_NAME
             # Optuna asks for its abstract lock, which it does not export; these two methods are all of it.
             return JournalStorage(JournalFileBackend(str(path), JournalLock(path)))  # type: ignore[arg-type]

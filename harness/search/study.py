@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from optuna.distributions import BaseDistribution
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
+from harness.search import quiet
 from harness.search.outcome import Row, TrialOutcome, outcome_of
 from harness.search.samplers import make_pruner, make_sampler, space
 from harness.store.rows import MEASURED, counts_over
@@ -57,12 +57,10 @@ class PartStudy:
         self.objectives = objectives(part, device)
         self.distributions = dict(distributions)
         self.name = f"{sweep.name}.{part_name(part)}.{self._space_id(device, data_ids or {})}"
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        with quiet():
             self.optuna = optuna.create_study(
                 storage=storage,
                 study_name=self.name,
-                sampler=make_sampler(part.optimize),
                 pruner=make_pruner(part.optimize),
                 directions=[objective.direction for objective in self.objectives],
                 load_if_exists=True,
@@ -85,9 +83,23 @@ class PartStudy:
         )
         return Trial(self.optuna, self._storage.create_new_trial(self._study_id, template_trial=template))
 
+    def ask(self) -> Trial:
+        """A trial of a search with the parameters that its sampler chooses, as `optuna.Study.ask` makes one.
+
+        The sampler is made afresh, since its seed is the trial's own.
+        """
+        assert self.part.optimize is not None
+        trial_id = self._storage.create_new_trial(self._study_id)
+        number = self._storage.get_trial_number_from_id(trial_id)
+        self.optuna.sampler = make_sampler(self.part.optimize, number)
+        trial = Trial(self.optuna, trial_id)
+        for name, distribution in self.distributions.items():
+            trial._suggest(name, distribution)
+        return trial
+
     def end(self, trial: Trial, point: Point, rows: Sequence[Row], outcome: TrialOutcome) -> None:
         """End a trial with its outcome; one that has ended already is left as it is."""
-        if self._storage.get_trial(self._trial_id(trial.number)).state.is_finished():
+        if self.trials()[trial.number].state.is_finished():
             return
         try:
             trial.set_user_attr("status", outcome.status)
@@ -107,15 +119,12 @@ class PartStudy:
 
     def running(self, number: int) -> Trial:
         """The running trial of that number."""
-        return Trial(self.optuna, self._trial_id(number))
+        trial_id = self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
+        return Trial(self.optuna, trial_id)
 
     def ended(self) -> list[FrozenTrial]:
         """The trials that have ended with an outcome; one that was cut short has none."""
-        return [
-            trial
-            for trial in self.trials()
-            if trial.user_attrs.get("status") not in (None, "running") and trial.state.is_finished()
-        ]
+        return [trial for trial in self.trials() if trial.state.is_finished() and has_outcome(trial)]
 
     def lease_of(self, trial: Trial | FrozenTrial) -> str:
         """The lease that a worker holds while it works on a trial."""
@@ -126,19 +135,13 @@ class PartStudy:
         # First the trials, then the leases: a worker leases a trial right after it has begun it.
         running = self.trials(TrialState.RUNNING)
         live = set(held())
-        return [
-            trial
-            for trial in running
-            if live.isdisjoint((self.lease_of(trial), trial.user_attrs.get("point_key")))
-        ]
+        leases = {t.number: (self.lease_of(t), t.user_attrs.get("point_key")) for t in running}
+        return [trial for trial in running if live.isdisjoint(leases[trial.number])]
 
     def fail_stale(self, held: Callable[[], Collection[str]]) -> None:
         """End the `stale` trials as failed."""
         for trial in self.stale(held):
             self.optuna.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
-
-    def _trial_id(self, number: int) -> int:
-        return self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
 
     def _space_id(self, device: str, data_ids: Mapping[int, str]) -> str:
         """Part of the study's name: Optuna refuses a study whose parameter space has changed.
@@ -183,10 +186,10 @@ class GridStudy:
         shown: dict[str, str] = {}
         running = {}
         for trial in self.study.trials():
-            key, status = trial.user_attrs.get("point_key", ""), trial.user_attrs.get("status")
+            key, status = trial.user_attrs.get("point_key", ""), str(trial.user_attrs.get("status"))
             if trial.state == TrialState.RUNNING:
                 running[key] = trial.number
-            elif status not in (None, "running") and counts_over(status, shown.get(key)):
+            elif has_outcome(trial) and counts_over(status, shown.get(key)):
                 shown[key] = status
         count = 0
         for point in points:
@@ -198,6 +201,11 @@ class GridStudy:
             elif key in held and key not in running and key not in shown:
                 self.begin(point)
         return count
+
+
+def has_outcome(trial: FrozenTrial) -> bool:
+    """Whether a trial says how it came out; one that was cut short does not."""
+    return trial.user_attrs.get("status") not in (None, "running")
 
 
 def _is_measured_at_last(rows: Sequence[Row], shown: str) -> bool:
@@ -214,13 +222,9 @@ def write_note(trial: Trial, point: Point, rows: Sequence[Row], status: str, det
     """Say on the trial, for people, how it ended and what was measured."""
     lines = [f"**{point.label}**: {status}" + (f" ({detail})" if detail else ""), ""]
     lines += ["| metric | value | unit |", "|---|--:|---|"]
-    lines += [
-        f"| {row['metric']} | {_figures(row['value'])} | {row['unit']} |"
-        for row in rows
-        if row["value"] is not None
-    ]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    known = (row for row in rows if row["value"] is not None)
+    lines += [f"| {row['metric']} | {_figures(row['value'])} | {row['unit']} |" for row in known]
+    with quiet():
         from optuna_dashboard import save_note
 
         save_note(trial, "\n".join(lines))
@@ -233,8 +237,7 @@ def _figures(value: float) -> str:
 
 def _label(study: optuna.Study, sweep: Sweep, part: Part) -> None:
     """Say what a study is of: the sweep file as its note, and in its attributes which part of it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    with quiet():
         from optuna_dashboard import get_note, save_note
 
         note = f"{sweep.description}\n\n```yaml\n{sweep_text(sweep)}```\n".lstrip()

@@ -18,9 +18,9 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import insert
 
 from harness.errors import UserError
-from harness.store.files import Batch
-from harness.store.leases import Leases
-from harness.store.rows import MEASURED, DevicePoint, checked, counts_over
+from harness.store.files import Batch, RowStore
+from harness.store.leases import LeaseBook, Leases
+from harness.store.rows import MEASURED, DevicePoint, checked, counts_over, outcomes_that_count
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -35,10 +35,7 @@ _points = sa.Table(
     "mocbench_points",
     _metadata,
     sa.Column("id", sa.BigInteger, sa.Identity(), primary_key=True),
-    sa.Column("sweep", sa.Text, nullable=False),
-    sa.Column("device_name", sa.Text, nullable=False),
-    sa.Column("point_key", sa.Text, nullable=False),
-    sa.Column("run_id", sa.Text, nullable=False),
+    *(sa.Column(name, sa.Text, nullable=False) for name in ("sweep", "device_name", "point_key", "run_id")),
     sa.Column("attempt", sa.Integer, nullable=False),
     sa.Column("status", sa.Text, nullable=False),
     sa.Column("rows", sa.JSON, nullable=False),  # as they stand in rows.jsonl
@@ -123,23 +120,21 @@ class Database:
                     raise OSError(f"{self.shown}: {error.orig}") from error
                 if time.monotonic() > deadline:
                     raise ConnectionError(f"{self.shown}: {error.orig}") from error
-                self._say_once(error)
+                if not self._is_away:  # said once for all statements that wait
+                    self._is_away = True
+                    reason = str(error.orig).strip().partition("\n")[0]
+                    logger.warning(
+                        "%s is away; waiting up to %.0f s: %s", self.shown, PATIENCE_SECONDS, reason
+                    )
             time.sleep(pause)
             pause = min(2 * pause, 2.0)
-
-    def _say_once(self, error: sa.exc.DBAPIError) -> None:
-        """Log that the server is away, for the first of the statements that wait for it."""
-        if not self._is_away:
-            self._is_away = True
-            reason = str(error.orig).strip().partition("\n")[0]
-            logger.warning("%s is away; waiting up to %.0f s: %s", self.shown, PATIENCE_SECONDS, reason)
 
     def close(self) -> None:
         """Give the connections back."""
         self._engine.dispose()
 
 
-class DatabaseStore:
+class DatabaseStore(RowStore):
     """The `RowStore` of one sweep in a database."""
 
     def __init__(self, database: Database, sweep: str) -> None:
@@ -150,7 +145,6 @@ class DatabaseStore:
     def append(
         self, rows: list[dict[str, Any]], samples: Sequence[Mapping[str, Any]] = (), log: str = ""
     ) -> bool:
-        """See `RowStore`."""
         rows = checked(rows)
         last = rows[-1]
         values = {
@@ -172,7 +166,6 @@ class DatabaseStore:
         return bool(self._database.run(statement.returning(_points.c.id)))
 
     def append_environment(self, record: Mapping[str, Any]) -> None:
-        """See `RowStore`."""
         if record["env_id"] in self._known_environments:
             return
         values = {"sweep": self._sweep, "env_id": record["env_id"], "record": dict(record)}
@@ -180,7 +173,6 @@ class DatabaseStore:
         self._known_environments.add(record["env_id"])
 
     def finished(self, keys: Collection[str] | None = None) -> dict[DevicePoint, str]:
-        """See `RowStore`."""
         columns = (_points.c.device_name, _points.c.point_key, _points.c.status)
         status: dict[DevicePoint, str] = {}
         for device_name, point_key, new in self._select(columns, keys):
@@ -191,16 +183,10 @@ class DatabaseStore:
     def current(
         self, device_name: str, keys: Collection[str] | None = None
     ) -> dict[str, list[dict[str, Any]]]:
-        """See `RowStore`."""
-        found: dict[str, list[dict[str, Any]]] = {}
-        for (rows,) in self._select((_points.c.rows,), keys, _points.c.device_name == device_name):
-            known = found.get(rows[-1]["point_key"])
-            if counts_over(rows[-1]["status"], known[-1]["status"] if known else None):
-                found[rows[-1]["point_key"]] = rows
-        return found
+        own = self._select((_points.c.rows,), keys, _points.c.device_name == device_name)
+        return {key: rows for (_, key), rows in outcomes_that_count(rows for (rows,) in own).items()}
 
     def batches(self) -> Iterator[Batch]:
-        """See `RowStore`."""
         columns = (_points.c.id, _points.c.rows, _points.c.samples, _points.c.log)
         last = 0
         while page := self._select(columns, condition=_points.c.id > last, limit=PAGE):
@@ -208,7 +194,6 @@ class DatabaseStore:
                 yield Batch(rows, samples, log)
 
     def environments(self) -> Iterator[dict[str, Any]]:
-        """See `RowStore`."""
         query = sa.select(_environments.c.record).where(_environments.c.sweep == self._sweep)
         return (record for (record,) in self._database.run(query))
 
@@ -227,7 +212,7 @@ class DatabaseStore:
         return self._database.run(query)
 
 
-class DatabaseBook:
+class DatabaseBook(LeaseBook):
     """The `LeaseBook` of one sweep in a database.
 
     Updates are optimistic: a worker whose version is out of date reads again. No lock is held, so a worker
@@ -244,7 +229,6 @@ class DatabaseBook:
         self._write = sa.update(_leases).where(_leases.c.sweep == sweep).returning(_leases.c.version)
 
     def edit(self, change: Callable[[Leases], T]) -> T:
-        """See `LeaseBook`."""
         while True:
             ((version, holders, beats),) = self._database.run(self._read)
             leases = Leases(dict(holders), dict(beats))

@@ -78,7 +78,7 @@ class RowStore(Protocol):
         """Every environment record."""
 
 
-class Store:
+class Store(RowStore):
     """The `RowStore` of a results folder; safe for several processes, on one host or on a shared folder.
 
     It remembers what it has read and up to which byte, so an append costs what others have appended since,
@@ -96,7 +96,6 @@ class Store:
     def append(
         self, rows: list[dict[str, Any]], samples: Sequence[Mapping[str, Any]] = (), log: str = ""
     ) -> bool:
-        """See `RowStore`."""
         batch = Batch(checked(rows), [], log)
         with self._lock(), self.path.open("a+b") as file:
             self._seen.catch_up(file)
@@ -113,7 +112,6 @@ class Store:
         return True
 
     def append_environment(self, record: Mapping[str, Any]) -> None:
-        """See `RowStore`."""
         if record["env_id"] in self._environments:
             return
         with self._lock():
@@ -123,7 +121,6 @@ class Store:
                 self._environments.add(record["env_id"])
 
     def finished(self, keys: Collection[str] | None = None) -> dict[DevicePoint, str]:
-        """See `RowStore`."""
         with self._lock():
             self._catch_up()
             return dict(self._seen.of(self._seen.status, keys))
@@ -131,7 +128,6 @@ class Store:
     def current(
         self, device_name: str, keys: Collection[str] | None = None
     ) -> dict[str, list[dict[str, Any]]]:
-        """See `RowStore`."""
         found = {}
         with self._lock():
             self._catch_up()
@@ -146,7 +142,6 @@ class Store:
         return found
 
     def batches(self) -> Iterator[Batch]:
-        """See `RowStore`."""
         samples: dict[tuple[str, str], list[dict[str, Any]]] = {}
         for item in read_lines(self.folder / "samples.jsonl"):
             samples.setdefault((item["run_id"], item["point_key"]), []).append(item)
@@ -156,7 +151,6 @@ class Store:
             yield Batch(rows, samples.get((rows[0]["run_id"], rows[0]["point_key"]), []), text)
 
     def environments(self) -> Iterator[dict[str, Any]]:
-        """See `RowStore`."""
         return iter(read_environments(self.folder).values())
 
     def _lock(self) -> contextlib.AbstractContextManager[Any]:
@@ -210,7 +204,7 @@ class _Seen:
     def of(
         self, known: Mapping[DevicePoint, T], keys: Collection[str] | None
     ) -> Iterator[tuple[DevicePoint, T]]:
-        """The entries of the points in `keys`, looked up one by one."""
+        """What is known of the points in `keys`, looked up one by one."""
         if keys is None:
             yield from known.items()
             return

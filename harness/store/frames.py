@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import filelock
 import pandas as pd
 
 from harness.store.lines import read_lines
-from harness.store.rows import COLUMN_TYPES, COLUMNS, DevicePoint, counts_over, device_point, whole_batches
+from harness.store.rows import COLUMN_TYPES, COLUMNS, outcomes_that_count, whole_batches
 from harness.sweep.catalog import FIELDS, WORKLOADS
 from harness.sweep.metrics import METRICS
 
@@ -22,14 +21,8 @@ def typed(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 # What tells points of one sweep apart for people, in the order wide.csv shows it.
-POINT_COLUMNS: tuple[str, ...] = (
-    "device_name",
-    *(field.name for field in FIELDS),
-    "point_key",
-    "status",
-    "detail",
-    "started_at",
-)
+_FIELDS = tuple(field.name for field in FIELDS)
+POINT_COLUMNS = ("device_name", *_FIELDS, "point_key", "status", "detail", "started_at")
 
 
 def read_rows(folder: Path) -> pd.DataFrame:
@@ -40,11 +33,7 @@ def read_rows(folder: Path) -> pd.DataFrame:
     path = folder / "rows.jsonl"
     if not path.exists() and (folder / "rows.parquet").exists():
         return typed(pd.read_parquet(folder / "rows.parquet").reindex(columns=list(COLUMNS)))
-    current: dict[DevicePoint, list[dict[str, Any]]] = {}
-    for batch in whole_batches(read_lines(path)):
-        known = current.get(device_point(batch[-1]))
-        if counts_over(batch[-1]["status"], known[-1]["status"] if known else None):
-            current[device_point(batch[-1])] = batch
+    current = outcomes_that_count(whole_batches(read_lines(path)))
     kept = [row for batch in current.values() for row in batch]
     return typed(pd.DataFrame(kept, columns=list(COLUMNS)))
 
@@ -59,11 +48,7 @@ def read_samples(folder: Path) -> pd.DataFrame:
     if not path.exists():
         parquet = folder / "samples.parquet"
         return pd.read_parquet(parquet) if parquet.exists() else pd.DataFrame(columns=columns)
-    frames = [
-        pd.DataFrame({**item, "x": item["x"], "value": item["value"]}, columns=columns)
-        for item in read_lines(path)
-        if item["value"]
-    ]
+    frames = [pd.DataFrame(item, columns=columns) for item in read_lines(path) if item["value"]]
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=columns)
 
 
@@ -89,28 +74,18 @@ def wide(rows: pd.DataFrame) -> pd.DataFrame:
 def export(folder: Path) -> list[Path]:
     """Write rows.parquet, rows.csv, wide.csv and samples.parquet from the rows; returns what was written."""
     with filelock.FileLock(str(folder / "export.lock")):  # two runners may come to their ends together
-        return _export(folder)
+        rows, samples = read_rows(folder), read_samples(folder)
+        tables = {"rows.parquet": rows, "rows.csv": rows, "wide.csv": wide(rows)}
+        if not samples.empty:
+            tables["samples.parquet"] = samples
+        return [_replace(folder / name, table) for name, table in tables.items()]
 
 
-def _export(folder: Path) -> list[Path]:
-    rows = read_rows(folder)
-    samples = read_samples(folder)
-    written = [
-        _replace(folder / "rows.parquet", lambda path: rows.to_parquet(path, index=False)),
-        _replace(folder / "rows.csv", lambda path: rows.to_csv(path, index=False)),
-        _replace(folder / "wide.csv", lambda path: wide(rows).to_csv(path, index=False)),
-    ]
-    if not samples.empty:
-        written.append(
-            _replace(folder / "samples.parquet", lambda path: samples.to_parquet(path, index=False))
-        )
-    return written
-
-
-def _replace(path: Path, write: Any) -> Path:
+def _replace(path: Path, table: pd.DataFrame) -> Path:
     temporary = path.with_name(path.name + ".tmp")
+    write = table.to_csv if path.suffix == ".csv" else table.to_parquet
     try:
-        write(temporary)
+        write(temporary, index=False)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise

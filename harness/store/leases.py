@@ -52,7 +52,7 @@ class LeaseBook(Protocol):
         """
 
 
-class FileBook:
+class FileBook(LeaseBook):
     """The `LeaseBook` of a results folder: `claims.json` under a file lock."""
 
     def __init__(self, folder: Path) -> None:
@@ -60,7 +60,6 @@ class FileBook:
         self._lock = filelock.FileLock(str(folder / "claims.lock"))
 
     def edit(self, change: Callable[[Leases], T]) -> T:
-        """See `LeaseBook`."""
         with self._lock.acquire(poll_interval=LOCK_POLL_SECONDS):
             before = self._read()
             leases = Leases(**json.loads(before))
@@ -90,11 +89,7 @@ class Claims:
     """
 
     def __init__(
-        self,
-        book: LeaseBook,
-        *,
-        beat_seconds: float = BEAT_SECONDS,
-        lease_seconds: float = LEASE_SECONDS,
+        self, book: LeaseBook, *, beat_seconds: float = BEAT_SECONDS, lease_seconds: float = LEASE_SECONDS
     ) -> None:
         self._book = book
         self._beat_seconds = beat_seconds

@@ -3,31 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from harness.sweep.catalog import FIELDS, WORKLOADS
 from harness.sweep.metrics import METRICS, STATUSES
 
+R = TypeVar("R", bound=Mapping[str, Any])  # a row
 # Columns of a row before and after those of its point.
 _RUN = {"schema_version": int, "sweep": str, "point_key": str, "run_id": str, "attempt": int}
-_VALUE = {
-    "metric": str,
-    "unit": str,
-    "higher_is_better": bool,
-    "value": float,
-    "ci_low": float,
-    "ci_high": float,
-    "n_samples": int,
-    "statistic": str,
-    "status": str,
-    "detail": str,
-    "device_name": str,
-    "sm_clock_mhz": float,
-    "throttled": bool,
-    "env_id": str,
-    "started_at": str,
-}
-COLUMN_TYPES: dict[str, type] = {**_RUN, **{field.name: field.type for field in FIELDS}, **_VALUE}
+_METRIC = {"metric": str, "unit": str, "higher_is_better": bool}
+_VALUE = {"value": float, "ci_low": float, "ci_high": float, "n_samples": int, "statistic": str}
+_OUTCOME = {"status": str, "detail": str}
+_MACHINE = {"device_name": str, "sm_clock_mhz": float, "throttled": bool, "env_id": str, "started_at": str}
+_POINT = {field.name: field.type for field in FIELDS}
+COLUMN_TYPES: dict[str, type] = {**_RUN, **_POINT, **_METRIC, **_VALUE, **_OUTCOME, **_MACHINE}
 COLUMNS: tuple[str, ...] = tuple(COLUMN_TYPES)
 DevicePoint = tuple[str, str]  # device_name, point_key
 BatchKey = tuple[str, int, str, str]  # run_id, attempt, device_name, point_key
@@ -53,6 +42,16 @@ def is_primary(row: Mapping[str, Any]) -> bool:
 def counts_over(new: str, old: str | None) -> bool:
     """Whether an outcome is shown in place of an earlier one: a failure never hides a measurement."""
     return old not in MEASURED or new in MEASURED
+
+
+def outcomes_that_count(batches: Iterable[list[R]]) -> dict[DevicePoint, list[R]]:
+    """The rows that count of each point on each device, from its outcomes in the order they were finished."""
+    found: dict[DevicePoint, list[R]] = {}
+    for batch in batches:
+        known = found.get(device_point(batch[-1]))
+        if counts_over(batch[-1]["status"], known[-1]["status"] if known else None):
+            found[device_point(batch[-1])] = batch
+    return found
 
 
 def whole_batches(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
@@ -82,6 +81,5 @@ def checked(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     last = [row for row in rows if row["metric"] == primary]
     if len(last) != 1:
         raise ValueError(f"a {rows[0]['workload']} point needs exactly one {primary} row, it has {len(last)}")
-    return [{name: row[name] for name in COLUMNS} for row in rows if row is not last[0]] + [
-        {name: last[0][name] for name in COLUMNS}
-    ]
+    rows = [*(row for row in rows if row is not last[0]), *last]
+    return [{name: row[name] for name in COLUMNS} for row in rows]

@@ -67,11 +67,11 @@ class Workload:
     primary_metric: str  # a failed point is reported under it, and people look at it first
     step_metric: str  # the duration of one step, from which the duration of a point is forecast
     objectives: tuple[str, ...]  # of the study of a grid; PEAK stands for the device's peak metric
-    grouped: bool  # the methods of a group run in one process on the same weights and inputs: paired
-    whole_model: bool  # all layers, so it needs the depth and the heads of the model; else one FFN
-    decodes: bool  # one token of each sequence in a step, forward only; else a training step
-    reads_text: bool  # trains on tokenised text and is evaluated on held-out text
     does: str  # verb of a sentence about it
+    grouped: bool = True  # the methods of a group run in one process on the same weights and inputs: paired
+    whole_model: bool = False  # all layers, so it needs the depth and the heads of the model; else one FFN
+    decodes: bool = False  # one token of each sequence in a step, forward only; else a training step
+    reads_text: bool = False  # trains on tokenised text and is evaluated on held-out text
     # For the forecast: timing loops of a point, and the steps of one sample of all of them.
     loops: int = 0
     steps_per_sample: int = 0
@@ -93,11 +93,10 @@ WORKLOADS: dict[str, Workload] = {
             primary_metric="tokens_per_s",
             step_metric="step_ms",
             objectives=("tokens_per_s", PEAK, "perplexity"),
+            does="trains",
             grouped=False,
             whole_model=True,
-            decodes=False,
             reads_text=True,
-            does="trains",
             required=("train_tokens",),
         ),
         Workload(
@@ -106,11 +105,9 @@ WORKLOADS: dict[str, Workload] = {
             primary_metric="tokens_per_s",
             step_metric="latency_ms",
             objectives=("latency_ms", "time_to_first_token_ms"),
-            grouped=True,
+            does="generates",
             whole_model=True,
             decodes=True,
-            reads_text=False,
-            does="generates",
             loops=2,
             steps_per_sample=64,  # 32 decoding steps and a prompt, which takes about as long
         ),
@@ -120,10 +117,6 @@ WORKLOADS: dict[str, Workload] = {
             primary_metric="step_ms",
             step_metric="step_ms",
             objectives=("step_ms", "saved_activation_bytes_per_token"),
-            grouped=True,
-            whole_model=False,
-            decodes=False,
-            reads_text=False,
             does="runs one FFN training step",
             loops=3,
             steps_per_sample=2,  # forward, backward, and both
@@ -134,11 +127,8 @@ WORKLOADS: dict[str, Workload] = {
             primary_metric="latency_us",
             step_metric="latency_us",
             objectives=("latency_us",),
-            grouped=True,
-            whole_model=False,
-            decodes=True,
-            reads_text=False,
             does="runs",
+            decodes=True,
             loops=1,
             steps_per_sample=1,
         ),
@@ -157,8 +147,5 @@ ALIGNMENT = 8
 
 def workloads_where(**facts: bool) -> tuple[str, ...]:
     """Names of the workloads of which all the given facts hold: `workloads_where(decodes=True)`."""
-    return tuple(
-        name
-        for name, workload in WORKLOADS.items()
-        if all(getattr(workload, fact) is value for fact, value in facts.items())
-    )
+    wanted = facts.items()
+    return tuple(name for name, workload in WORKLOADS.items() if wanted <= vars(workload).items())

@@ -40,20 +40,17 @@ def _check_part(where: str, part: Part) -> None:
     if part.workload not in WORKLOADS:
         raise SpecError(f"{where}workload is {part.workload!r}{near_miss(part.workload, WORKLOADS)}")
     valid = WORKLOADS[part.workload].axes
-    for section, names in (("axes", list(part.axes)), ("fixed", list(part.fixed))):
-        for name in names:
-            if name not in valid:
-                raise SpecError(
-                    f"{where}{section}.{name} is not an axis of {part.workload}{near_miss(name, valid)}"
-                )
+    for section, name in (*(("axes", name) for name in part.axes), *(("fixed", name) for name in part.fixed)):
+        if name not in valid:
+            raise SpecError(
+                f"{where}{section}.{name} is not an axis of {part.workload}{near_miss(name, valid)}"
+            )
     for name in set(part.axes) & set(part.fixed):
         raise SpecError(f"{where}fixed.{name} is also an axis; keep one of the two")
     for index, rule in enumerate(part.exclude):
-        for name in rule:
-            if name not in part.axes:
-                raise SpecError(
-                    f"{where}exclude[{index}].{name} is not an axis of this part{near_miss(name, part.axes)}"
-                )
+        for name in sorted(rule.keys() - part.axes.keys()):
+            hint = near_miss(name, part.axes)
+            raise SpecError(f"{where}exclude[{index}].{name} is not an axis of this part{hint}")
     given: dict[str, Axis] = {**part.axes, **{name: [value] for name, value in part.fixed.items()}}
     for name, axis in given.items():
         path = f"{where}{'axes' if name in part.axes else 'fixed'}.{name}"
@@ -132,12 +129,11 @@ def _check_complete(where: str, part: Part, given: set[str]) -> None:
         raise SpecError(f"{where}axes.preset is missing; give preset, or d_model and d_ffn")
     workload = WORKLOADS[part.workload]
     if workload.whole_model and "preset" not in given and not {"n_layers", "n_heads"} <= given:
-        raise SpecError(
-            f"{where}axes.preset is missing; {part.workload} without a preset needs n_layers and n_heads"
-        )
+        needs = f"{part.workload} without a preset needs n_layers and n_heads"
+        raise SpecError(f"{where}axes.preset is missing; {needs}")
     size = given & {"batch", "seq_len", "tokens"}
     if workload.decodes and not workload.whole_model:
-        if "batch" not in given or size - {"batch"}:
+        if size != {"batch"}:
             raise SpecError(
                 f"{where}axes.batch is what {workload.name} needs, and neither seq_len nor tokens"
             )
@@ -181,30 +177,26 @@ def check_search(where: str, part: Part, search: Optimize) -> None:
 def _check_baseline(where: str, search: Optimize) -> None:
     dense = [name for name, method in METHODS.items() if method.is_dense]
     if search.baseline not in dense:
-        raise SpecError(
-            f"{where}optimize.baseline is {search.baseline!r}, not a dense method"
-            f"{near_miss(search.baseline, dense)}"
-        )
+        hint = near_miss(search.baseline, dense)
+        raise SpecError(f"{where}optimize.baseline is {search.baseline!r}, not a dense method{hint}")
 
 
 def _check_pruner(where: str, part: Part, search: Optimize) -> None:
     if search.pruner == "none":
         return
     path = f"{where}optimize.pruner is {search.pruner!r}"
-    if len(search.objectives) > 1:
+    count, metric = len(search.objectives), search.objectives[0].metric
+    if count > 1:
+        raise SpecError(f"{path} with {count} objectives; only a study with one objective can prune")
+    if not WORKLOADS[part.workload].reads_text or metric not in PRUNABLE:
         raise SpecError(
-            f"{path} with {len(search.objectives)} objectives; only a study with one objective can prune"
-        )
-    if not WORKLOADS[part.workload].reads_text or search.objectives[0].metric not in PRUNABLE:
-        raise SpecError(
-            f"{path}, but {search.objectives[0].metric} of {part.workload} is known only at the end;"
+            f"{path}, but {metric} of {part.workload} is known only at the end;"
             f" pretrain with one of {', '.join(PRUNABLE)} can prune"
         )
 
 
 def _check_steps(where: str, part: Part) -> None:
     """Every corner of the space must leave a training its least number of steps."""
-
     per_step = _bound(part, "tokens", max) or _bound(part, "batch", max) * _bound(part, "seq_len", max)
     budget = _bound(part, "train_tokens", min)
     if budget < MIN_STEPS * per_step:

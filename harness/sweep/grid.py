@@ -89,8 +89,8 @@ def _whole_channels(fraction: float, d_ffn: int) -> float:
     A sampler's continuous values are many names for few points; this gives each point one.
     """
     k = max(1, round(fraction * d_ffn))
-    candidates = (round(k / d_ffn, digits) for digits in (4, 5, 6))
-    return next((value for value in candidates if round(value * d_ffn) == k), fraction)
+    spellings = (round(k / d_ffn, digits) for digits in (4, 5, 6))
+    return next((value for value in spellings if round(value * d_ffn) == k), fraction)
 
 
 def baseline_of(part: Part, assignment: Mapping[str, AxisValue]) -> dict[str, AxisValue]:

@@ -59,12 +59,10 @@ def parse_sweep(text: str, source: str, *, import_methods: bool = True) -> Sweep
         raise SpecError(f"{source}: {error}") from error
     if not isinstance(values, dict):
         raise SpecError(f"{source}: a sweep is a mapping with version, name, workload and axes")
-    if "parts" not in values:
+    prefix: tuple[Any, ...] = () if "parts" in values else ("parts", 0)
+    if prefix:
         whole = {key: values.pop(key) for key in ("version", "name", "description", "data") if key in values}
         values = {**whole, "parts": [values]}
-        prefix: tuple[Any, ...] = ("parts", 0)
-    else:
-        prefix = ()
     try:
         sweep = Sweep.model_validate(values)
     except pydantic.ValidationError as error:
@@ -98,9 +96,7 @@ def _path(prefix: tuple[Any, ...], location: tuple[Any, ...]) -> str:
 
 def _explain(source: str, prefix: tuple[Any, ...], item: Any) -> str:
     location = tuple(item["loc"])
-    field = _path(prefix, location)
-    kind = item["type"]
-    value = item.get("input")
+    field, kind, value = _path(prefix, location), item["type"], item.get("input")
     if kind == "extra_forbidden":
         owner = _path(prefix, location[:-1])
         return f"{source}: {field} is not a field{near_miss(location[-1], _fields_at(owner))}"
@@ -115,9 +111,8 @@ def _explain(source: str, prefix: tuple[Any, ...], item: Any) -> str:
             " or {low: ..., high: ...} in an optimisation"
         )
     if kind == "too_short":
-        return (
-            f"{source}: {field} is {short(value)}; it should have at least {item['ctx']['min_length']} item"
-        )
+        least = item["ctx"]["min_length"]
+        return f"{source}: {field} is {short(value)}; it should have at least {least} item"
     message = item["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     return f"{source}: {field} is {short(value)}; it should be {message}"
 
@@ -127,14 +122,10 @@ def _fields_at(owner: str) -> list[str]:
         "measure": Measure,
         "timing": Timing,
         "limits": Limits,
-        "optimize": Optimize,
-        "objectives": Objective,
+        "parts": Part,
     }
+    models |= {"optimize": Optimize, "objectives": Objective}
     last = re.sub(r"\[\d+\]", "", owner).rpartition(".")[2]
-    if last in models:
-        return list(models[last].model_fields)
-    if last == "parts":
-        return list(Part.model_fields)
     if last:
-        return list(Range.model_fields)
+        return list(models.get(last, Range).model_fields)
     return sorted({*Sweep.model_fields, *Part.model_fields} - {"parts"})

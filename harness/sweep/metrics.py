@@ -37,9 +37,7 @@ METRICS: dict[str, Metric] = {
     "saved_activation_bytes_per_token": Metric(
         "bytes/token", False, "what one FFN layer keeps for backward, counted by storage, its input included"
     ),
-    "memory_formula_error": Metric(
-        "fraction", None, "predicted whole-model peak over the measured one, minus one"
-    ),
+    "memory_formula_error": Metric("fraction", None, "predicted whole-model peak over measured, minus one"),
     # counts
     "flops": Metric("flop", None, "floating-point operations of one step"),
     "min_bytes": Metric("bytes", None, "fewest bytes one step must move through device memory"),
@@ -59,9 +57,7 @@ METRICS: dict[str, Metric] = {
     "untrained_perplexity": Metric("ratio", None, "validation perplexity before the first step"),
     "eval_loss_nats": Metric("nats/token", False, "validation loss after training"),
     "perplexity": Metric("ratio", False, "exp of eval_loss_nats"),
-    "bits_per_byte": Metric(
-        "bits/byte", False, "eval_loss_nats per byte of text: comparable over tokenizers"
-    ),
+    "bits_per_byte": Metric("bits/byte", False, "evaluation loss per byte: comparable over tokenizers"),
 }
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pandas as pd
 from matplotlib.axes import Axes
 
 from harness.report import wording
-from harness.report.plots.style import Board, Plot, line_handle, look, subject_of, thousands
+from harness.report.plots.panels import panels, side_by_side
+from harness.report.plots.style import Board, Look, Plot, line_handle, look, subject_of, thousands
 from harness.report.plots.titles import ratio_note, saved_title, speedup_title, step_title
 
 _CONDITIONS = ("tokens", "seq_len", "dtype", "timing_mode")
@@ -33,41 +34,33 @@ def ffn_plots(summary: pd.DataFrame, caption: str, folder: Path, tail: str) -> l
     ]
 
 
-def _titles(summary: pd.DataFrame) -> dict[str, str]:
-    varying = [name for name in _CONDITIONS if summary[name].nunique(dropna=False) > 1]
-    if "tokens" in varying and "seq_len" in varying:
-        varying.remove("seq_len")  # one FFN layer sees tokens, not sequences
-    titles: dict[str, str] = {}
-    for _, line in summary.iterrows():
-        off = " (misaligned)" if line["misaligned"] else ""
-        titles.setdefault(line["cell"], wording.cell_label(line, varying, shape=True) + off)
-    return titles
-
-
-def _labels(summary: pd.DataFrame) -> list[str]:
-    return list(
-        dict.fromkeys(
-            wording.series_label(line["method"], line["selection"]) for _, line in summary.iterrows()
-        )
-    )
-
-
-def _board(summary: pd.DataFrame, labels: list[str]) -> tuple[Board, list[tuple[Axes, pd.DataFrame]]]:
-    titles = _titles(summary)
+def _board(summary: pd.DataFrame) -> tuple[Board, Iterator[tuple[Axes, pd.DataFrame]], list[str]]:
+    """A board with a panel per cell and a line per series, its panels with their lines, and the series."""
+    varies = summary["tokens"].nunique(dropna=False) > 1
+    conditions = [name for name in _CONDITIONS if name != "seq_len" or not varies]  # an FFN sees tokens
+    titles = panels(summary, conditions, shape=True)
+    labels = list(dict.fromkeys(map(wording.series_label, summary["method"], summary["selection"])))
     board = Board(
         list(titles.values()),
-        columns=min(3, len(titles)) if len(titles) != 4 else 2,
+        columns=side_by_side(len(titles)),
         panel_inches=0.7 + 0.27 * len(labels),
         share_x=False,
         subject=subject_of(summary),
     )
-    return board, [(a, summary[summary["cell"] == c]) for a, c in zip(board.axes, titles, strict=True)]
+    for number, axes in enumerate(board.axes):
+        named = number % board.columns == 0
+        axes.set_yticks(range(len(labels)), labels if named else [""] * len(labels))
+        axes.set_ylim(len(labels) - 0.4, -0.6)
+        axes.grid(visible=False, axis="y")
+    parts = (summary[summary["cell"] == cell] for cell in titles)
+    return board, zip(board.axes, parts, strict=True), labels
 
 
-def _rows_of(axes: Axes, labels: list[str], *, named: bool) -> None:
-    axes.set_yticks(range(len(labels)), labels if named else [""] * len(labels))
-    axes.set_ylim(len(labels) - 0.4, -0.6)
-    axes.grid(visible=False, axis="y")
+def _lines(part: pd.DataFrame, labels: list[str]) -> Iterator[tuple[pd.Series, Look, int]]:
+    """Each line of a panel, how it is drawn, and its place among the labels."""
+    for _, line in part.iterrows():
+        at = labels.index(wording.series_label(line["method"], line["selection"]))
+        yield line, look(line["method"], line["family"], dense=line["is_dense"]), at
 
 
 def horizontal_bars(
@@ -83,14 +76,9 @@ def horizontal_bars(
     known = summary[summary[metric].notna()]
     if known.empty:
         return None
-    labels = _labels(known)
-    board, parts = _board(known, labels)
-    columns = 2 if len(parts) == 4 else min(3, len(parts))
-    for number, (axes, part) in enumerate(parts):
-        longest = part[metric].max()
-        for _, line in part.iterrows():
-            style = look(line["method"], line["family"], dense=line["is_dense"])
-            at = labels.index(wording.series_label(line["method"], line["selection"]))
+    board, parts, labels = _board(known)
+    for axes, part in parts:
+        for line, style, at in _lines(part, labels):
             axes.barh(at, line[metric], color=style.color, hatch=style.hatch, edgecolor="white", height=0.72)
             end = line[metric]
             if not math.isnan(line[f"{metric}_ci_low"]):
@@ -98,9 +86,8 @@ def horizontal_bars(
                 axes.plot([low, end], [at, at], color="black", linewidth=1.2, marker="|", markersize=6)
             words = f"{line[metric]:,.0f}" if metric.startswith("saved") else wording.number(line[metric])
             axes.annotate(words, (end, at), (4, 0), textcoords="offset points", va="center", fontsize=8)
-        axes.set_xlim(0, longest * 1.22)
+        axes.set_xlim(0, part[metric].max() * 1.22)
         thousands(axes.xaxis)
-        _rows_of(axes, labels, named=number % columns == 0)
     return board.save(path, title(known), caption, x=x_name, note=note)
 
 
@@ -109,28 +96,22 @@ def speedups(summary: pd.DataFrame, caption: str, path: Path) -> Plot | None:
     known = summary[summary["x_best_dense"].notna()]
     if known[~known["is_dense"]].empty:
         return None
-    labels = _labels(known)
-    board, parts = _board(known, labels)
-    columns = 2 if len(parts) == 4 else min(3, len(parts))
-    for number, (axes, part) in enumerate(parts):
-        for _, line in part.iterrows():
-            style = look(line["method"], line["family"], dense=line["is_dense"])
-            at = labels.index(wording.series_label(line["method"], line["selection"]))
+    board, parts, labels = _board(known)
+    for axes, part in parts:
+        for line, style, at in _lines(part, labels):
             low, high = line["x_best_dense_ci_low"], line["x_best_dense_ci_high"]
             if not math.isnan(low):
                 axes.plot([low, high], [at, at], color=style.color, linewidth=1.8, marker="|", markersize=8)
             marks = style.marks(linestyle="", markersize=6)
             axes.plot([line["x_best_dense"]], [at], **{**marks, "marker": style.marker or "h"})
             beside = axes.get_yaxis_transform()  # x in parts of the panel, y in data: a column at its right
-            axes.text(
-                1.015, at, wording.ratio(line["x_best_dense"]), transform=beside, va="center", fontsize=8
-            )
+            words = wording.ratio(line["x_best_dense"])
+            axes.text(1.015, at, words, transform=beside, va="center", fontsize=8)
         axes.axvline(1.0, color="black", linewidth=1.4)
         ends = [*part["x_best_dense_ci_low"].dropna(), *part["x_best_dense_ci_high"].dropna()]
         values = [1.0, *part["x_best_dense"], *ends]
         room = 0.12 * (max(values) - min(values)) + 0.02
         axes.set_xlim(min(values) - room, max(values) + room)
-        _rows_of(axes, labels, named=number % columns == 0)
     one = line_handle(look("dense_compiled", "", dense=True))
     board.legend(one, "1.0: the fastest dense method of the run")
     name = "speed against the fastest dense method (x), more is better"

@@ -10,14 +10,13 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from harness.report import wording
-from harness.report.crossover import independent_union
+from harness.report.crossover import SHAPE, independent_union
 from harness.report.plots.panels import interval, one_size_each, series_of, with_k
 from harness.report.plots.style import Board, Plot, handle, line_handle, look, subject_of
 from harness.report.plots.titles import ratio_note
 from harness.report.summary import lead_series
 from harness.report.tables import Tables
 
-_PANEL = ("workload", "preset", "d_model", "d_ffn", "n_layers", "seq_len", "dtype")
 _WORDS = {"ffn_decode": "one FFN", "generate": "whole model"}
 _CHANCE: dict[str, Any] = {"color": "#777777", "linestyle": (0, (1, 2)), "linewidth": 1.6}
 
@@ -29,12 +28,12 @@ def crossover_plot(tables: Tables, caption: str, path: Path) -> Plot | None:
     independent choices is drawn alone.
     """
     known = tables.decoded
-    several = known.groupby([*_PANEL, "method", "selection"])["batch"].transform("nunique") > 1
+    several = known.groupby([*SHAPE, "method", "selection"])["batch"].transform("nunique") > 1
     known = known[several] if len(known) else known
     if known.empty:
         return None
     known = one_size_each(known)
-    panels = [group for _, group in known.groupby(list(_PANEL), sort=False)]
+    panels = [group for _, group in known.groupby(list(SHAPE), sort=False)]
     columns = 2 if len(panels) == 3 else 3  # of one panel more
     titles = [*(_title(panel, panels) for panel in panels), "channels a batch needs"]
     board = Board(titles, columns=columns, subject=subject_of(known))
@@ -102,7 +101,7 @@ def _union_note(union: pd.DataFrame) -> str:
     chance = "dotted, independent choices, 1 - (1 - K/d_ffn)^batch;"
     if union.empty:
         return f"{chance} no trained model was measured in these rows."
-    models = wording.listing(list(dict.fromkeys(union["preset"])))
+    models = wording.names(union["preset"])
     return f"{chance} marks, trained {models} on held-out text, each token of another text."
 
 

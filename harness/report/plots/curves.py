@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from matplotlib.ticker import FuncFormatter
@@ -102,9 +103,8 @@ def draw_trial(samples: pd.DataFrame, title: str, caption: str, path: Path) -> P
     axes = board.axes[0]
     (line,) = axes.plot(curves[_TRAIN]["x"], curves[_TRAIN]["value"], color="#8C8C8C", linewidth=1.0)
     board.legend(line, "training batches")
-    (marks,) = axes.plot(
-        curves[_EVAL]["x"], curves[_EVAL]["value"], color="black", marker="o", linewidth=1.4, clip_on=False
-    )
+    evaluated: dict[str, Any] = {"color": "black", "marker": "o", "linewidth": 1.4, "clip_on": False}
+    (marks,) = axes.plot(curves[_EVAL]["x"], curves[_EVAL]["value"], **evaluated)
     board.legend(marks, "held-out text")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: wording.tokens(max(value, 0))))
     axes.set_xlim(left=0)

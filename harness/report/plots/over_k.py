@@ -21,12 +21,13 @@ from harness.report.plots.panels import (
     CONDITIONS,
     board_of,
     interval,
+    mark_of,
     one_size_each,
     panels,
     series_of,
     with_k,
 )
-from harness.report.plots.style import Board, Look, Mark, Plot, line_handle, subject_of, thousands
+from harness.report.plots.style import Board, Look, Plot, line_handle, subject_of, thousands
 from harness.report.plots.titles import k_title, pareto_title, scaling_title
 from harness.report.points import cell_ids
 from harness.report.summary import SEEDS_FOR_INTERVAL
@@ -34,7 +35,6 @@ from harness.search.pareto import front
 
 _K_AXIS = "K: channels kept per token (% of d_ffn)"
 _WHISKER: dict[str, Any] = {"capsize": 3, "elinewidth": 1.1, "capthick": 1.1}
-_INTERVALS = "Bars and bands: 95 % intervals of the measurement"
 
 
 def _level(axes: Axes, board: Board, style: Look, line: pd.Series, metric: str, scale: float) -> None:
@@ -51,14 +51,10 @@ def _note(summary: pd.DataFrame, metric: str, *, singles: bool = False) -> str:
     small = "; small marks: single seeds" if singles else ""
     if seeds >= SEEDS_FOR_INTERVAL:
         return f"Means of {seeds} seeds with 95 % t intervals{small}."
-    parts = []
-    if summary[f"{metric}_ci_low"].notna().any():
-        parts.append(f"{_INTERVALS}.")
-    if seeds == 2:
-        parts.append(f"Means of 2 seeds{small}.")
-    else:
-        parts.append("One seed: differences between seeds are not in the picture.")
-    return " ".join(parts)
+    measured = summary[f"{metric}_ci_low"].notna().any()
+    ends = "Bars and bands: 95 % intervals of the measurement. " if measured else ""
+    one = "One seed: differences between seeds are not in the picture."
+    return ends + (f"Means of 2 seeds{small}." if seeds == 2 else one)
 
 
 def against_k(
@@ -168,7 +164,7 @@ def pareto(
             best[peak] / scale, best["perplexity"], where="post", color="#444444", linewidth=1, linestyle=":"
         )
         for style, group in series_of(part):
-            shown = style.marks(linestyle="") if style.marker else _dense_marks(style)
+            shown = style.points()
             for _, line in group.iterrows():
                 alone = group.loc[[line.name]]
                 up, across = interval(alone, "perplexity", 1.0), interval(alone, peak, scale)
@@ -179,23 +175,16 @@ def pareto(
         many = part[(part["family"] != "") & part.duplicated(["method", "family"], keep=False)]
         labelled = labelled or not many.empty
         axes.margins(0.16, 0.2)
-        board.label(axes, [_mark(line, peak, scale, line.name in many.index) for _, line in part.iterrows()])
+        texts = part["k_pct"].map(wording.percent).where(part.index.isin(many.index), "")
+        marks = zip(part.iterrows(), texts, strict=True)
+        board.label(
+            axes, [mark_of(line, (peak, scale), ("perplexity", 1.0), text) for (_, line), text in marks]
+        )
     note = "Dotted: the front. Faded: another method is at least as good in both. "
     note += "Percentages: K. " if labelled else ""
     note += _note(known, "perplexity")
     names = {"x": f"{x_name}, less is better", "y": "perplexity, less is better"}
     return board.save(path, pareto_title(known), caption, note=note, **names)
-
-
-def _mark(line: pd.Series, peak: str, scale: float, named: bool) -> Mark:
-    y = line["perplexity"]
-    low, high = line["perplexity_ci_low"], line["perplexity_ci_high"]
-    words = wording.percent(line["k_pct"]) if named else ""
-    return Mark(line[peak] / scale, y, y if math.isnan(low) else low, y if math.isnan(high) else high, words)
-
-
-def _dense_marks(style: Look) -> dict[str, Any]:
-    return {"color": style.color, "marker": "h", "markersize": 8, "linestyle": "", "markeredgecolor": "white"}
 
 
 def scaling(summary: pd.DataFrame, caption: str, path: Path) -> Plot | None:
@@ -205,23 +194,15 @@ def scaling(summary: pd.DataFrame, caption: str, path: Path) -> Plot | None:
         return None
     shown = one_size_each(known)
     titles = panels(shown, [name for name in CONDITIONS if name not in ("seq_len", "batch")])
-    board = Board(
-        list(titles.values()), columns=min(3, len(titles)), panel_inches=3.1, subject=subject_of(shown)
-    )
+    board = Board(list(titles.values()), columns=3, panel_inches=3.1, subject=subject_of(shown))
     lengths = sorted(set(shown["seq_len"]))
     for axes, cell in zip(board.axes, titles, strict=True):
         part = shown[shown["cell"] == cell]
         for style, group in series_of(part):
             group = group.sort_values("seq_len")
             changes: dict[str, Any] = {} if style.marker else {"marker": "h", "markersize": 6}
-            marks = style.marks(**changes)
-            axes.errorbar(
-                group["seq_len"],
-                group["tokens_per_s"],
-                interval(group, "tokens_per_s", 1.0),
-                **_WHISKER,
-                **marks,
-            )
+            marks, ends = style.marks(**changes), interval(group, "tokens_per_s", 1.0)
+            axes.errorbar(group["seq_len"], group["tokens_per_s"], ends, **_WHISKER, **marks)
             board.legend(line_handle(style, **changes), with_k(style, group))
         axes.set_xscale("log", base=2)
         axes.set_xticks(lengths, [f"{value:.0f}" for value in lengths])

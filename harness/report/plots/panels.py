@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from harness.report import wording
-from harness.report.plots.style import Board, Look, look, subject_of
+from harness.report.plots.style import Board, Look, Mark, look, subject_of
 from harness.report.summary import nearest_to_default
 from harness.sweep.catalog import FIELDS
 
@@ -17,16 +18,24 @@ from harness.sweep.catalog import FIELDS
 CONDITIONS = tuple(field.name for field in FIELDS if field.in_title)
 
 
-def panels(summary: pd.DataFrame, conditions: Sequence[str] = CONDITIONS) -> dict[str, str]:
-    """Title of every cell's panel by cell id: the model size and what else differs between the panels."""
+def panels(
+    summary: pd.DataFrame, conditions: Sequence[str] = CONDITIONS, *, shape: bool = False
+) -> dict[str, str]:
+    """Title of every cell's panel by cell id: the model size (with `shape` also d and d_ffn) and what else
+    differs between the panels."""
     varying = [name for name in conditions if summary[name].nunique(dropna=False) > 1]
     if "batch" in varying and (summary.groupby("seq_len")["batch"].nunique() == 1).all():
         varying.remove("batch")
     titles: dict[str, str] = {}
     for _, line in summary.iterrows():
         off = " (misaligned)" if line["misaligned"] else ""
-        titles.setdefault(line["cell"], wording.cell_label(line, varying) + off)
+        titles.setdefault(line["cell"], wording.cell_label(line, varying, shape=shape) + off)
     return titles
+
+
+def side_by_side(panels: int) -> int:
+    """How many of so many panels stand in a line: up to three, and four as two by two."""
+    return 2 if panels == 4 else min(3, panels)
 
 
 def arrange(summary: pd.DataFrame) -> tuple[list[str], int]:
@@ -40,7 +49,7 @@ def arrange(summary: pd.DataFrame) -> tuple[list[str], int]:
     if 1 < len(sizes) <= 3 and len({len(cells) for cells in sizes}) == 1:
         return [cell for line in zip(*sizes, strict=True) for cell in line], len(sizes)
     cells = [cell for size in sizes for cell in size]
-    return cells, 2 if len(cells) == 4 else min(3, len(cells))
+    return cells, side_by_side(len(cells))
 
 
 def board_of(summary: pd.DataFrame, **options: Any) -> tuple[Board, list[tuple[Axes, pd.DataFrame]]]:
@@ -63,6 +72,14 @@ def interval(group: pd.DataFrame, metric: str, scale: float) -> Any:
     down = (group[metric] - group[f"{metric}_ci_low"]) / scale
     up = (group[f"{metric}_ci_high"] - group[metric]) / scale
     return [down.fillna(0).clip(lower=0).to_numpy(), up.fillna(0).clip(lower=0).to_numpy()]
+
+
+def mark_of(line: pd.Series, x: tuple[str, float], y: tuple[str, float], text: str) -> Mark:
+    """A line as a point with its vertical interval and a text; `x` and `y` are a metric and its scale."""
+    (across, x_scale), (up, y_scale) = x, y
+    ends = (line[f"{up}_ci_low"], line[f"{up}_ci_high"])
+    low, high = (line[up] if math.isnan(end) else end for end in ends)
+    return Mark(line[across] / x_scale, line[up] / y_scale, low / y_scale, high / y_scale, text)
 
 
 def one_size_each(summary: pd.DataFrame) -> pd.DataFrame:

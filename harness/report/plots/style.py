@@ -24,7 +24,8 @@ from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter
+from matplotlib.transforms import Bbox
 from PIL import Image
 
 from harness.report.wording import series_label
@@ -91,6 +92,13 @@ class Look:
         if self.fill == "none":
             style.update(fillstyle="full", markerfacecolor="white")
         return {**style, **changes}
+
+    def points(self, **changes: Any) -> dict[str, Any]:
+        """Keyword arguments of markers without a line; a hexagon for a dense method, which has no K."""
+        if self.marker:
+            return self.marks(**{"linestyle": "", **changes})
+        hexagon = {"marker": "h", "markersize": 8, "linestyle": "", "markeredgecolor": "white"}
+        return {"color": self.color, **hexagon, **changes}
 
 
 def look(method: str, rule: str, *, dense: bool) -> Look:
@@ -180,7 +188,7 @@ class Board:
             "axes.titlesize": 10,
             "hatch.linewidth": 0.6,
         }
-        columns = max(1, min(columns, len(panels)))
+        self.columns = columns = max(1, min(columns, len(panels)))
         lines = math.ceil(len(panels) / columns)
         titles = [_wrapped_at_commas(title, 84 // columns) for title in panels]
         title_lines = 1 + max(title.count("\n") for title in titles)
@@ -236,16 +244,9 @@ class Board:
             figure.text(0.5, floor - 0.02 / height, x, va="top", ha="center", fontsize=9.5)
             figure.text(0.008, floor + up / 2, y, rotation=90, va="center", ha="left", fontsize=9.5)
             if labels:
-                figure.legend(
-                    list(self._legend.values()),
-                    labels,
-                    loc="lower center",
-                    ncols=per_line,
-                    frameon=False,
-                    bbox_to_anchor=(0.5, (bottom - 0.04) / height),
-                    fontsize=9,
-                    handlelength=3.2,
-                )
+                below_panels: Any = {"loc": "lower center", "bbox_to_anchor": (0.5, (bottom - 0.04) / height)}
+                shape: Any = {"ncols": per_line, "frameon": False, "fontsize": 9, "handlelength": 3.2}
+                figure.legend(list(self._legend.values()), labels, **below_panels, **shape)
             if self._texts:
                 figure.draw_without_rendering()
             for axes, marks in self._texts:
@@ -260,11 +261,6 @@ class Board:
 def thousands(axis: Axis) -> None:
     """Write ticks with a prefix: 200k."""
     axis.set_major_formatter(EngFormatter(sep=""))
-
-
-def whole_numbers(axis: Axis) -> None:
-    """Put ticks at whole numbers only."""
-    axis.set_major_locator(MaxNLocator(integer=True))
 
 
 def handle(**style: Any) -> Line2D:
@@ -287,7 +283,7 @@ def _wrapped_at_commas(title: str, width: int) -> str:
 
 
 def _legend_columns(labels: Sequence[str]) -> int:
-    """As many entries a line as fit the width, spread evenly; 11.5 characters are about an inch."""
+    """As many labels a line as fit the width, spread evenly; 11.5 characters are about an inch."""
     room, sample = WIDTH_IN * 11.5, 8
     if sum(len(label) + sample for label in labels) <= room:
         return len(labels)
@@ -311,17 +307,14 @@ def _place_labels(axes: Axes, marks: Sequence[Mark]) -> None:
         if not mark.text:
             continue
         behind = {"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.6}
-        note = axes.annotate(
-            mark.text,
-            (mark.x, mark.y),
-            (0, 0),
-            textcoords="offset points",
-            ha="center",
-            va="center",
-            fontsize=7.5,
-            color="#222222",
-            bbox=behind,
-        )
+        look: dict[str, Any] = {
+            "ha": "center",
+            "va": "center",
+            "fontsize": 7.5,
+            "color": "#222222",
+            "bbox": behind,
+        }
+        note = axes.annotate(mark.text, (mark.x, mark.y), (0, 0), textcoords="offset points", **look)
         extent = note.get_window_extent()
         wide, tall = extent.width + 2 * point, extent.height
         beside = [(x * (wide / 2 + 5 * point), y * (tall / 2 + 4 * point)) for x in (1, -1) for y in (1, -1)]
@@ -329,8 +322,8 @@ def _place_labels(axes: Axes, marks: Sequence[Mark]) -> None:
         beyond = [(x * wide, y) for y in (above, below) for x in (0, -0.45, 0.45, -0.9, 0.9)]
         for x, y in beside + beyond:
             box = _box(at[0] + x, at[1] + y, wide, tall)
-            inside = frame.x0 < box[0] and box[2] < frame.x1 and frame.y0 < box[1] and box[3] < frame.y1
-            if inside and not any(_overlap(box, other) for other in taken):
+            inside = frame.contains(box.x0, box.y0) and frame.contains(box.x1, box.y1)
+            if inside and not box.count_overlaps(taken):
                 taken.append(box)
                 note.set_position((x / point, y / point))
                 break
@@ -338,9 +331,5 @@ def _place_labels(axes: Axes, marks: Sequence[Mark]) -> None:
             note.remove()
 
 
-def _box(x: float, y: float, wide: float, high: float) -> tuple[float, float, float, float]:
-    return x - wide / 2, y - high / 2, x + wide / 2, y + high / 2
-
-
-def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+def _box(x: float, y: float, wide: float, high: float) -> Bbox:
+    return Bbox.from_bounds(x - wide / 2, y - high / 2, wide, high)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pandas as pd
 
 from harness.report import wording
@@ -17,17 +19,18 @@ def _percent(changes: pd.Series) -> str:
 
 
 def _dense_methods(lead: pd.DataFrame, who: str) -> str:
-    names = wording.listing(list(dict.fromkeys(name for name in lead[who] if name)))
     as_fast = "the leanest dense method at least as fast"
-    return f"{names}, {as_fast if lead['dense_as_fast'].all() else 'the fastest dense method'}"
+    what = as_fast if lead["dense_as_fast"].all() else "the fastest dense method"
+    return f"{wording.names(lead[who])}, {what}"
 
 
 def k_title(summary: pd.DataFrame, metric: str) -> str:
     """Message of a plot over K: the lead series at the K nearest to the default, against dense."""
-    name, column = {
+    known = {
         "perplexity": ("Perplexity", "perplexity_change"),
         "tokens_per_s": ("Training speed", "x_best_dense"),
-    }.get(metric, ("Peak memory", "memory_change"))
+    }
+    name, column = known.get(metric, ("Peak memory", "memory_change"))
     lead = lead_lines(summary)
     compared = lead[lead[column].notna()]
     if compared.empty:
@@ -84,9 +87,7 @@ def loss_title(curves: pd.DataFrame) -> str:
     by_run = curves.sort_values("x").groupby(["point_key"])["value"]
     start, end = by_run.first(), by_run.last()
     verb = "falls" if (end < start).all() else "goes"
-    first, last = (
-        wording.span(values, lambda value: f"{value:.2f}", wording.DASH) for values in (start, end)
-    )
+    first, last = (wording.span(values, "{:.2f}".format, wording.DASH) for values in (start, end))
     return f"Validation loss {verb} from {first} to {last} nats while training"
 
 
@@ -109,12 +110,11 @@ def step_title(summary: pd.DataFrame) -> str:
     aligned = summary[~summary["misaligned"]]
     shown = aligned if not aligned.empty else summary
     best = shown.loc[shown.groupby("cell")["step_ms"].idxmin()]
-    names = [wording.series_label(line["method"], line["selection"]) for _, line in best.iterrows()]
-    distinct = list(dict.fromkeys(names))
-    if len(distinct) == 1:
-        return f"{distinct[0]} has the fastest FFN training step at every shape"
-    counts = [f"{name} ({names.count(name)})" for name in distinct]
-    return f"Fastest FFN training step, by number of shapes: {wording.listing(counts)}"
+    counts = Counter(map(wording.series_label, best["method"], best["selection"]))
+    if len(counts) == 1:
+        return f"{next(iter(counts))} has the fastest FFN training step at every shape"
+    shapes = [f"{name} ({count})" for name, count in counts.items()]
+    return f"Fastest FFN training step, by number of shapes: {wording.listing(shapes)}"
 
 
 def saved_title(summary: pd.DataFrame) -> str:

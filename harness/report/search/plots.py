@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
 
-from harness.report.plots.style import (
-    Axes,
-    Board,
-    Look,
-    Mark,
-    Plot,
-    Subject,
-    handle,
-    line_handle,
-    look,
-    thousands,
-    whole_numbers,
-)
+from harness.report.plots.panels import interval, mark_of, series_of
+from harness.report.plots.style import Axes, Board, Look, Plot, Subject, line_handle, thousands
 from harness.report.points import family, is_dense
 from harness.report.search.words import View, front_title, history_title, views_of
 from harness.search.outcome import Search
@@ -43,34 +32,19 @@ def draw_search(search: Search, caption: str, folder: Path, tail: str) -> list[P
     return plots
 
 
-def _subject(search: Search) -> Subject:
-    return Subject(search=part_name(search.part))
-
-
-def _look(line: pd.Series) -> Look:
-    method, selection = str(line["method"]), str(line["selection"]) or None
-    return look(method, family(selection), dense=is_dense(method, selection))
-
-
-def _marks(style: Look, **changes: Any) -> dict[str, Any]:
-    """A marker without a line; a hexagon for a dense method, which has no K."""
-    if style.marker:
-        return style.marks(**{"linestyle": "", "markersize": 6, **changes})
-    hexagon = {"marker": "h", "markersize": 9, "linestyle": "", "markeredgecolor": "white"}
-    return {"color": style.color, **hexagon, **changes}
+def _series(lines: pd.DataFrame) -> Iterable[tuple[Look, pd.DataFrame]]:
+    """The trials of each method and rule, with how they are drawn."""
+    rules = [str(selection) or None for selection in lines["selection"]]
+    dense = [is_dense(method, rule) for method, rule in zip(lines["method"], rules, strict=True)]
+    return series_of(lines.assign(family=[family(rule) for rule in rules], is_dense=dense))
 
 
 def front_plot(search: Search, caption: str, path: Path) -> Plot:
     """Every pair of objectives: trials with intervals, the front, the dense baselines."""
     views, good = views_of(search), search.measured
     pairs = list(itertools.combinations(views, 2))[:6]
-    board = Board(
-        [""] * len(pairs),
-        columns=min(2, len(pairs)),
-        panel_inches=4.2,
-        share_x=False,
-        subject=_subject(search),
-    )
+    subject = Subject(search=part_name(search.part))
+    board = Board([""] * len(pairs), columns=2, panel_inches=4.2, share_x=False, subject=subject)
     for axes, (up, across) in zip(board.axes, pairs, strict=True):
         if len(views) == 2:
             _step(axes, good[good["on_front"]], up, across)
@@ -95,67 +69,56 @@ def _step(axes: Axes, best: pd.DataFrame, up: View, across: View) -> None:
 
 
 def _front_panel(board: Board, axes: Axes, search: Search, up: View, across: View) -> None:
-    for _, line in search.measured.sort_values("on_front").iterrows():
-        style = _look(line)
-        _point(axes, line, up, across, _marks(style, alpha=1.0 if line["on_front"] else _FADED))
-        board.legend(line_handle(style, linestyle="", markersize=6), f"{style.label}, one trial")
-    for _, line in search.baselines.iterrows():
-        black = _marks(_look(line), color="#111111")
-        _point(axes, line, up, across, {"zorder": 4, **black})
-        board.legend(handle(**black), f"{_look(line).label}, baseline of a shape")
-    lines = pd.concat([search.measured, search.baselines.assign(on_front=False)])
+    for style, group in _series(search.measured):
+        for on_front, part in group.groupby("on_front"):
+            strength = {"alpha": 1.0, "zorder": 3} if on_front else {"alpha": _FADED}
+            _points(axes, part, up, across, style.points(**strength))
+        board.legend(line_handle(style, linestyle=""), f"{style.label}, one trial")
+    for style, group in _series(search.baselines):
+        black = style.points(color="#111111", zorder=4)
+        _points(axes, group, up, across, black)
+        board.legend(line_handle(style, **black), f"{style.label}, baseline of a shape")
+    lines = pd.concat([search.measured, search.baselines.assign(on_front=False, trial=0)])
     lines = lines.sort_values("on_front", ascending=False, kind="stable")
-    board.label(axes, [_mark(line, up, across) for _, line in lines.iterrows()])
+    x, y = (across.metric, across.scale), (up.metric, up.scale)
+    texts = lines["trial"].where(lines["on_front"].astype(bool), "").astype(str)
+    marks = zip(lines.iterrows(), texts, strict=True)
+    board.label(axes, [mark_of(line, x, y, text) for (_, line), text in marks])
     axes.margins(0.07, 0.08)
     for axis, view in ((axes.xaxis, across), (axes.yaxis, up)):
         if view.metric == "tokens_per_s":
             thousands(axis)
 
 
-def _point(axes: Axes, line: pd.Series, up: View, across: View, marks: dict[str, Any]) -> None:
-    x, y = line[across.metric] / across.scale, line[up.metric] / up.scale
-    axes.errorbar([x], [y], _interval(line, up), _interval(line, across), **_WHISKER, **marks)
-
-
-def _interval(line: pd.Series, view: View) -> list[list[float]] | None:
-    low, high = line[f"{view.metric}_ci_low"], line[f"{view.metric}_ci_high"]
-    if math.isnan(low) or math.isnan(high):
-        return None
-    value = line[view.metric]
-    return [[max(0.0, value - low) / view.scale], [max(0.0, high - value) / view.scale]]
-
-
-def _mark(line: pd.Series, up: View, across: View) -> Mark:
-    y = line[up.metric] / up.scale
-    ((below,), (above,)) = _interval(line, up) or [[0.0], [0.0]]
-    text = str(line["trial"]) if line["on_front"] else ""
-    return Mark(line[across.metric] / across.scale, y, y - below, y + above, text)
+def _points(axes: Axes, lines: pd.DataFrame, up: View, across: View, marks: dict[str, Any]) -> None:
+    x, y = lines[across.metric] / across.scale, lines[up.metric] / up.scale
+    high, wide = interval(lines, up.metric, up.scale), interval(lines, across.metric, across.scale)
+    axes.errorbar(x, y, high, wide, **_WHISKER, **marks)
 
 
 def history_plot(search: Search, caption: str, path: Path) -> Plot:
     """Every objective over the trials in the order of measuring, and the best value so far."""
     views = views_of(search)
-    trials = search.trials
-    board = Board([""] * len(views), columns=1, panel_inches=2.4, subject=_subject(search))
+    trials, subject = search.trials, Subject(search=part_name(search.part))
+    board = Board([""] * len(views), columns=1, panel_inches=2.4, subject=subject)
     for axes, view in zip(board.axes, views, strict=True):
-        for _, line in search.measured.iterrows():
-            style = _look(line)
-            value, ends = line[view.metric] / view.scale, _interval(line, view)
-            axes.errorbar([line["trial"]], [value], ends, **_WHISKER, **_marks(style))
-            board.legend(line_handle(style, linestyle="", markersize=6), f"{style.label}, one trial")
+        for style, group in _series(search.measured):
+            ends = interval(group, view.metric, view.scale)
+            axes.errorbar(group["trial"], group[view.metric] / view.scale, ends, **_WHISKER, **style.points())
+            board.legend(line_handle(style, linestyle=""), f"{style.label}, one trial")
         best = best_so_far(search, view) / view.scale
-        axes.step(trials["trial"], best, where="post", color="black", linewidth=1.6)
+        (line,) = axes.step(trials["trial"], best, where="post", color="black", linewidth=1.6)
         lost = trials.loc[~trials["feasible"].astype(bool), "trial"]
         if not lost.empty:
             floor = axes.get_xaxis_transform()  # x in trials, y in parts of the panel
-            axes.plot(lost, [0.03] * len(lost), "x", color=_LOST, transform=floor, clip_on=False)
-            board.legend(handle(color=_LOST, marker="x", linestyle=""), "no result within the limits")
+            (cross,) = axes.plot(lost, [0.03] * len(lost), "x", color=_LOST, transform=floor, clip_on=False)
+            board.legend(cross, "no result within the limits")
         axes.set_xlim(0.5, len(trials) + 0.5)
-        whole_numbers(axes.xaxis)
+        axes.locator_params(axis="x", integer=True)
         axes.set_ylabel(view.axis.replace(", ", ",\n"))
         if view.metric == "tokens_per_s":
             thousands(axes.yaxis)
-    board.legend(handle(color="black", linewidth=1.6), "best so far")
+    board.legend(line, "best so far")
     return board.save(path, history_title(search), caption, x="trial, in the order of measuring")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -12,13 +13,15 @@ from harness.errors import SpecError
 from harness.report import wording
 from harness.report.plots.style import Plot
 from harness.report.search.plots import draw_search
-from harness.report.search.words import View, best_first, sentences, views_of
+from harness.report.search.words import View, best_first, parameter_value, sentences, views_of
 from harness.search.outcome import Search, pruned_trials, read_search
+from harness.store.rows import MEASURED
 from harness.sweep.load import parse_sweep
 from harness.sweep.metrics import METRICS
 from harness.sweep.model import Part, part_name
 
 _Cell = Callable[[pd.Series], str]
+_COLUMNS = {"k_frac": "K %", "preset": "model"}  # headings that are not the name of the axis
 
 
 @dataclass(frozen=True)
@@ -70,11 +73,13 @@ def search_section(search: Search, results_dir: Path, caption: str, tail: str) -
     if not good.empty:
         best = best_first(good[good["on_front"]], views[0])
         heading = "Pareto set" if len(views) > 1 else "Best trial"
-        tables.append((heading, _table(search, best), _ratio_note(search)))
+        dense = search.settings.baseline
+        note = f"x {dense} and % against {dense}: against the dense baseline of the same shape, measured in"
+        note += " this run. Parentheses: 95 % intervals of the measurement."
+        tables.append((heading, _table(search, best), note))
     if not search.dense.empty:
-        dense = search.dense.assign(trial=wording.DASH)
         note = "front: no trial is as good in everything and better in something."
-        tables.append(("Dense baselines", _table(search, dense), note))
+        tables.append(("Dense baselines", _table(search, search.dense.assign(trial=wording.DASH)), note))
     tables.append(("All trials", _table(search, search.trials), ""))
     return Section(
         heading=f"Search {part_name(search.part)}",
@@ -84,23 +89,16 @@ def search_section(search: Search, results_dir: Path, caption: str, tail: str) -
     )
 
 
-def _ratio_note(search: Search) -> str:
-    return (
-        f"x {search.settings.baseline} and % against {search.settings.baseline}: against the dense baseline "
-        "of the same shape, measured in this run. Parentheses: 95 % intervals of the measurement."
-    )
-
-
 def _table(search: Search, lines: pd.DataFrame) -> pd.DataFrame:
     """Trials as text: what they varied, what came out, and what they are to dense."""
     columns: dict[str, _Cell] = {"trial": lambda line: str(line["trial"])}
-    for name in search.varied:
-        columns[_column(name)] = _parameter(name)
     if "method" not in search.varied and lines["method"].nunique() == 1:
-        columns = {"trial": columns.pop("trial"), "method": lambda line: str(line["method"]), **columns}
-    for view in views_of(search):
-        columns |= _objective_columns(view, search.settings.baseline)
+        columns["method"] = lambda line: str(line["method"])
+    for name in search.varied:
+        columns[_COLUMNS.get(name, name)] = partial(parameter_value, name, digits=4)
     dense = search.settings.baseline
+    for view in views_of(search):
+        columns |= _objective_columns(view, dense)
     columns[f"x {dense}"] = lambda line: wording.ratio(line["speed_vs_dense"])
     columns["outcome"] = _outcome
     cells = [[form(line) for form in columns.values()] for _, line in lines.iterrows()]
@@ -111,29 +109,11 @@ def _table(search: Search, lines: pd.DataFrame) -> pd.DataFrame:
     return table.drop(columns=empty)
 
 
-def _column(name: str) -> str:
-    return {"k_frac": "K %", "lr": "lr", "preset": "model"}.get(name, name)
-
-
-def _parameter(name: str) -> _Cell:
-    def cell(line: pd.Series) -> str:
-        if name == "k_frac":
-            return f"{line['k_pct']:.4g}"
-        if name == "selection":
-            return str(line["selection"]) or wording.DASH
-        value = line[name]
-        return value if isinstance(value, str) else f"{float(value):.4g}"
-
-    return cell
-
-
 def _objective_columns(view: View, dense: str) -> dict[str, _Cell]:
     metric, in_bytes = view.metric, METRICS[view.metric].unit == "bytes"
 
-    def form(value: float) -> str:
-        return wording.size(value) if in_bytes else wording.number(value, 4)
-
     def cell(line: pd.Series) -> str:
+        form = wording.size if in_bytes else partial(wording.number, digits=4)
         return wording.with_interval(line, metric, form)
 
     def against(line: pd.Series) -> str:
@@ -146,8 +126,8 @@ def _objective_columns(view: View, dense: str) -> dict[str, _Cell]:
 def _outcome(line: pd.Series) -> str:
     if line["feasible"] and line["status"] == "ok":
         return "front" if line["on_front"] else ""
-    if line["status"] in ("ok", "unstable"):
-        beyond = f"beyond {line['broken']}" if line["broken"] else ""
-        return ", ".join(word for word in ("unstable" * (line["status"] == "unstable"), beyond) if word)
+    if line["status"] in MEASURED:
+        found = ["unstable"] if line["status"] == "unstable" else []
+        return ", ".join([*found, *([f"beyond {line['broken']}"] if line["broken"] else [])])
     detail = " ".join(str(line["detail"]).split())
     return f"{line['status']}: {detail[:80]}" if detail else str(line["status"])

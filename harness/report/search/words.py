@@ -10,6 +10,7 @@ import pandas as pd
 from harness.report import wording
 from harness.search import pareto
 from harness.search.outcome import Search, losses_of
+from harness.store.rows import MEASURED
 from harness.sweep.metrics import METRICS
 from harness.sweep.model import Objective
 
@@ -56,8 +57,7 @@ class View:
         return f"{wording.number(value)} {self.name}"
 
 
-def view_of(objective: Objective, values: pd.Series) -> View:
-    """How to show an objective with these values."""
+def _view(objective: Objective, values: pd.Series) -> View:
     metric, unit, scale = objective.metric, METRICS[objective.metric].unit, 1
     if unit == "bytes":
         unit, scale = wording.byte_unit(float(values.max())) if values.notna().any() else ("B", 1)
@@ -70,12 +70,18 @@ def view_of(objective: Objective, values: pd.Series) -> View:
 def views_of(search: Search) -> list[View]:
     """How to show the objectives of a search."""
     trials = search.measured if len(search.measured) else search.trials
-    return [view_of(objective, trials[objective.metric]) for objective in search.settings.objectives]
+    return [_view(objective, trials[objective.metric]) for objective in search.settings.objectives]
 
 
 def parameter_name(name: str) -> str:
-    """A parameter in a sentence or a table."""
+    """A parameter in a sentence."""
     return _PARAMETERS.get(name, name.replace("_", " "))
+
+
+def parameter_value(name: str, line: pd.Series, digits: int) -> str:
+    """What a trial has for a parameter: numbers with so many digits, K in percent of the channels."""
+    value = line["k_pct" if name == "k_frac" else name]
+    return (value or "dense") if isinstance(value, str) else f"{float(value):.{digits}g}"
 
 
 def best_first(lines: pd.DataFrame, view: View) -> pd.DataFrame:
@@ -86,15 +92,13 @@ def best_first(lines: pd.DataFrame, view: View) -> pd.DataFrame:
 def scope_sentence(search: Search, pruned: int) -> str:
     """What was searched, how, and how the trials ended; `pruned` trainings were stopped early."""
     trials, settings = search.trials, search.settings
-    goals = [
-        f"{'most' if view.direction == 'maximize' else 'least'} {view.plain}" for view in views_of(search)
-    ]
-    counts = [f"{len(search.measured)} measured"]
-    limited = trials["status"].isin(("ok", "unstable")) & ~trials["feasible"]
-    ends = [(int(limited.sum()), "beyond a limit")]
-    ends += [(int((trials["status"] == status).sum()), words) for status, words in _FAILURES.items()]
-    ends.append((pruned, f"stopped early by the {settings.pruner} rule (they have no row)"))
-    counts += [f"{count} {words}" for count, words in ends if count]
+    most = {"maximize": "most", "minimize": "least"}
+    goals = [f"{most[view.direction]} {view.plain}" for view in views_of(search)]
+    limited = trials["status"].isin(MEASURED) & ~trials["feasible"]
+    ends = {"beyond a limit": int(limited.sum())}
+    ends |= {words: int((trials["status"] == status).sum()) for status, words in _FAILURES.items()}
+    ends[f"stopped early by the {settings.pruner} rule (they have no row)"] = pruned
+    counts = [f"{len(search.measured)} measured", *(f"{n} {words}" for words, n in ends.items() if n)]
     names = wording.listing([parameter_name(name) for name in search.varied])
     return (
         f"A search by {_SAMPLERS[settings.sampler]} over {names} for {wording.listing(goals)}: "
@@ -108,22 +112,20 @@ def best_sentence(search: Search) -> str:
     if good.empty:
         return "No trial was measured within its limits, so there is no best trial."
     if len(views) == 1:
-        line = best_first(good, views[0]).iloc[0]
-        low, high = (line[f"{views[0].metric}_ci_{end}"] for end in ("low", "high"))
-        interval = (
-            "" if math.isnan(low) else f" (95 % interval {wording.number(low)} to {wording.number(high)})"
-        )
-        value = views[0].say(line[views[0].metric])
+        line, view = best_first(good, views[0]).iloc[0], views[0]
+        ends = [line[f"{view.metric}_ci_{end}"] for end in ("low", "high")]
+        interval = "" if math.isnan(ends[0]) else f" (95 % interval {wording.span(ends, wording.number)})"
+        value = view.say(line[view.metric])
         return f"The best is trial {line['trial']}, with {value}{interval}: {_setting(search, line)}."
     best = good[good["on_front"]]
-    ends = []
+    found = []
     for view in views:
         line = best_first(best, view).iloc[0]
         values = wording.listing([each.say(line[each.metric]) for each in views])
-        ends.append(f"trial {line['trial']} ({values}; {_setting(search, line)})")
+        found.append(f"trial {line['trial']} ({values}; {_setting(search, line)})")
     return (
         f"{len(best)} of {len(good)} measured trials are on the front (no other trial is as good in"
-        f" everything and better in something); best in each objective: {'; '.join(dict.fromkeys(ends))}."
+        f" everything and better in something); best in each objective: {'; '.join(dict.fromkeys(found))}."
     )
 
 
@@ -133,12 +135,9 @@ def _setting(search: Search, line: pd.Series) -> str:
     for name in search.varied:
         if name == "k_frac":
             parts.append(f"K = {wording.percent(line['k_pct'])}")
-        elif name == "selection":
-            parts.append(str(line["selection"]) or "dense")
-        elif isinstance(line[name], str):
-            parts.append(str(line[name]))
         else:
-            parts.append(f"{parameter_name(name)} {float(line[name]):.3g}")
+            prefix = "" if isinstance(line[name], str) else f"{parameter_name(name)} "
+            parts.append(prefix + parameter_value(name, line, 3))
     return ", ".join(parts)
 
 
@@ -171,22 +170,21 @@ def dense_sentence(search: Search) -> str:
     name, beaten = search.settings.baseline, beaten_by_dense(search)
     shape = f"Against {name} of the same shape: {wording.listing(clauses)}. " if clauses else ""
     baselines = f"{len(dense)} {name} baseline{'s' * (len(dense) > 1)}"
-    if len(best) == 1:
-        verdict = "Some baseline beats" if beaten else "No baseline beats"
-        return f"{shape}{verdict} the best trial ({baselines}).{_tuning_note(search)}"
-    unbeaten = int(dense["on_front"].sum())
-    return (
-        f"{shape}Of the {len(best)} trials on the front, {beaten} {'is' if beaten == 1 else 'are'} beaten in"
-        f" everything by one of the {baselines}; {unbeaten} of the baselines are beaten by no"
-        f" trial.{_tuning_note(search)}"
-    )
+    verdict = f"{'Some' if beaten else 'No'} baseline beats the best trial ({baselines})."
+    if len(best) > 1:
+        are, unbeaten = "is" if beaten == 1 else "are", int(dense["on_front"].sum())
+        verdict = (
+            f"Of the {len(best)} trials on the front, {beaten} {are} beaten in everything by one of the"
+            f" {baselines}; {unbeaten} of the baselines are beaten by no trial."
+        )
+    return shape + verdict + _tuning_note(search)
 
 
 def beaten_by_dense(search: Search) -> int:
     """How many trials on the front some dense baseline beats."""
     best = search.measured[search.measured["on_front"]]
-    settings = search.settings
-    return int(pareto.dominated(losses_of(settings, best), losses_of(settings, search.baselines)).sum())
+    front, dense = (losses_of(search.settings, lines) for lines in (best, search.baselines))
+    return int(pareto.dominated(front, dense).sum())
 
 
 def _tuning_note(search: Search) -> str:
@@ -207,9 +205,8 @@ def front_title(search: Search) -> str:
     share = f"{count} of {len(good)} trials are on the front"
     if search.baselines.empty:
         return share
-    if beaten == 0:
-        return f"{share}; {name} beats none of them in everything"
-    return f"{share}; {name} beats {beaten if beaten < count else 'all'} of them in everything"
+    how_many = {0: "none", count: "all"}.get(beaten, str(beaten))
+    return f"{share}; {name} beats {how_many} of them in everything"
 
 
 def history_title(search: Search) -> str:
