@@ -84,18 +84,14 @@ class PartStudy:
         return Trial(self.optuna, self._storage.create_new_trial(self._study_id, template_trial=template))
 
     def ask(self) -> Trial:
-        """A trial of a search with the parameters that its sampler chooses, as `optuna.Study.ask` makes one.
+        """A trial of a search with the parameters that its sampler chooses.
 
-        The sampler is made afresh, since its seed is the trial's own.
+        The sampler is made afresh, since its seed is the trial's own. The caller holds the lock of the study,
+        so the number of the trial is the number of trials there are.
         """
         assert self.part.optimize is not None
-        trial_id = self._storage.create_new_trial(self._study_id)
-        number = self._storage.get_trial_number_from_id(trial_id)
-        self.optuna.sampler = make_sampler(self.part.optimize, number)
-        trial = Trial(self.optuna, trial_id)
-        for name, distribution in self.distributions.items():
-            trial._suggest(name, distribution)
-        return trial
+        self.optuna.sampler = make_sampler(self.part.optimize, len(self.trials()))
+        return self.optuna.ask(self.distributions)
 
     def end(self, trial: Trial, point: Point, rows: Sequence[Row], outcome: TrialOutcome) -> None:
         """End a trial with its outcome; one that has ended already is left as it is."""
