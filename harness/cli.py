@@ -76,11 +76,11 @@ def run(
     from harness.run.options import RunOptions
     from harness.run.runner import run_sweep
 
-    console, chosen = Console(), _device(device)
-    path, model = _load(sweep, chosen, data)
+    console = Console()
+    path, model = _load(sweep, device, data)
     options = RunOptions(
         results=results,
-        device=chosen,
+        device=_device(device),
         workers=workers,
         retry=retry,
         storage=storage,
@@ -108,9 +108,8 @@ def worker(
     from harness.run.local import run_worker
     from harness.run.options import RunOptions
 
-    chosen = _device(device)
-    _, model = _load(sweep, chosen, data)
-    options = RunOptions(results=results, device=chosen, workers=workers, storage=storage)
+    _, model = _load(sweep, device, data)
+    options = RunOptions(results=results, device=_device(device), workers=workers, storage=storage)
     run_worker(model, options, Console())
 
 
@@ -125,7 +124,7 @@ def plan(
     """Print what `run` would measure, how much memory and how long it takes; nothing runs."""
     from harness.forecast.view import Plan, print_plan
 
-    path, model = _load(sweep, _device(device), data)
+    path, model = _load(sweep, device, data)
     plan = Plan(model, results, _device(device), retry)
     print_plan(model, plan, f"{path} on {plan.device_name}", _wide_console())
 
@@ -137,7 +136,7 @@ def status(
     """What is measured, what is missing and what failed, by device; failures with the end of their log."""
     from harness.run.status import print_status
 
-    _, model = _load(sweep, _device(device), None)
+    _, model = _load(sweep, device, None)
     print_status(model, results / model.name, Console(markup=False))  # what rows say is text, not markup
 
 
@@ -151,10 +150,7 @@ def report(
     from harness.store.frames import export
 
     console = Console(markup=False)
-    if sweep is not None and sweep.is_dir():
-        folder = sweep
-    else:
-        folder = results / _load(sweep, _device(device), None)[1].name
+    folder = sweep if sweep and sweep.is_dir() else results / _load(sweep, device, None)[1].name
     refuse_links(folder)
     if (folder / "rows.jsonl").exists():
         export(folder)
@@ -234,7 +230,7 @@ def dashboard(
     from harness.dashboard import serve
     from harness.store.folders import results_folder
 
-    _, model = _load(sweep, _device(device), None)
+    _, model = _load(sweep, device, None)
     serve(results_folder(results, model.name), model.name, storage, host, port, _say)
 
 
@@ -334,19 +330,21 @@ def _wide_console() -> Console:
 
 
 def _device(device: Device) -> str:
+    if device is Device.cpu:
+        return "cpu"
     import torch
 
-    if device is Device.cuda and not torch.cuda.is_available():
+    if torch.cuda.is_available():
+        return "cuda"
+    if device is Device.cuda:
         raise UserError("--device cuda: PyTorch sees no CUDA device here; valid: cpu")
-    if device is Device.auto:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return str(device)
+    return "cpu"
 
 
-def _load(sweep: Path | None, device: str, data: str | None) -> tuple[Path, Sweep]:
+def _load(sweep: Path | None, device: Device, data: str | None) -> tuple[Path, Sweep]:
     from harness.sweep.load import load_sweep
 
-    path = sweep or (FIRST_GPU if device == "cuda" else QUICK)
+    path = sweep or (FIRST_GPU if _device(device) == "cuda" else QUICK)
     model = load_sweep(path)
     return path, model if data is None else model.model_copy(update={"data": data})
 

@@ -1,4 +1,6 @@
-"""What `mocbench doctor` says: the machine, its measured ceilings, and whether to trust the referee on it."""
+"""What `mocbench doctor` says: the machine, its measured ceilings, and whether its measurements can be
+trusted.
+"""
 
 from __future__ import annotations
 

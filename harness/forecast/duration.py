@@ -12,6 +12,7 @@ from typing import Any, cast
 import pandas as pd
 
 from harness.sweep.catalog import WORKLOADS, workloads_where
+from harness.sweep.metrics import METRICS
 from harness.sweep.model import Part
 from harness.sweep.point import Point
 from moc.config import FfnShape
@@ -22,7 +23,7 @@ START_SECONDS = {"cuda": 13.0, "cpu": 5.0}
 _POINT_SECONDS = 2.0  # an FFN point's gate, warm-up and memory pass (seen on one H100)
 _COMPILE_TWICE = 1.4  # compile_s is the model; its layer is compiled once more for its saved bytes
 _EVALUATIONS = 5  # during one training run; each token costs a third of a training token
-_UNIT = {"step_ms": 1e-3, "latency_us": 1e-6, "latency_ms": 1e-3}
+_SECONDS = {"ms": 1e-3, "us": 1e-6}  # of a unit of time
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class History:
 
         row = min(known, key=distance)
         ratio = work / _row_flops(row)
-        step = float(row["value"]) * _UNIT[workload.step_metric] * ratio
+        step = float(row["value"]) * _SECONDS[METRICS[workload.step_metric].unit] * ratio
         compile_s = self.metric(row["point_key"], "compile_s") or 0.0
         if workload.reads_text:
             steps = (point.train_tokens or 0) // point.tokens
