@@ -1,4 +1,4 @@
-"""What a sweep can be made of: the fields of a point and the workloads, each told once.
+"""What a sweep can be made of: the fields of a point and the workloads, each defined once.
 
 `FIELDS` says what a point consists of. The columns of rows and tables, the axes of sweep files, the cells in
 which points are compared, and the headings and titles of reports follow from it. `WORKLOADS` says what is
