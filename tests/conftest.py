@@ -7,8 +7,6 @@ import os
 # Read when torch loads, here and in every process that a test starts. Several of them share the cores, and
 # OpenMP's threads would otherwise wait by spinning: tests/e2e/test_sweep.py then takes 227 s in place of 67.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-if "PYTEST_XDIST_WORKER" in os.environ:  # the tests run in as many processes as there are cores
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from hypothesis import settings
 
