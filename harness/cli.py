@@ -179,6 +179,7 @@ def crossover(
     from harness.report.plots.crossover import crossover_plot
     from harness.report.tables import tables_of
     from harness.store.frames import read_rows, read_samples
+    from harness.sweep.catalog import workloads_where
 
     console = _wide_console()
     for folder in folders:
@@ -203,14 +204,14 @@ def crossover(
     devices = list(dict.fromkeys(found["device_name"]))
     if len(devices) > 1:
         raise UserError(f"--plot: the rows are of {', '.join(devices)}; a plot shows one device")
-    own = rows[rows["workload"].isin(["ffn_decode", "generate"])]
+    own = rows[rows["workload"].isin(workloads_where(decodes=True))]
     dates = sorted({str(value)[:10] for value in own["started_at"].dropna()})
     when, names = (
         " to ".join(dict.fromkeys((dates[0], dates[-1]))),
         (folder.resolve().name for folder in folders),
     )
     caption = f"{devices[0]} · {when} · crossover {' '.join(names)}"
-    drawn = crossover_plot(tables, caption, plot)
+    drawn = crossover_plot(tables, caption, plot, of_report=False)
     if drawn is not None:
         console.print(f"wrote {drawn.path}", highlight=False, soft_wrap=True)
 

@@ -19,7 +19,7 @@ from harness.report.crossover import crossover_table
 from harness.report.findings import findings
 from harness.report.memory_formula import memory_formula
 from harness.report.plots.draw import draw_plots
-from harness.report.plots.style import plot_subject
+from harness.report.plots.style import Subject, plot_subject
 from harness.report.present import failure_table, headline_for_people, memory_formula_table, workload_table
 from harness.report.render import Block, Bullets, Code, Heading, Paragraph, Picture, Table
 from harness.report.search.section import Section, search_section, search_sentences, searched_parts, split
@@ -224,7 +224,7 @@ def _slug(name: str) -> str:
 
 
 def _remove_stale(folder: Path, written: list[Path]) -> None:
-    """Remove the plots of an earlier report that this one does not have; other pictures stay."""
+    """Remove the plots of an earlier report that this one does not have; pictures without a subject stay."""
     for path in folder.glob("*.png"):
-        if path not in written and plot_subject(path) is not None:
+        if path not in written and plot_subject(path) not in (None, Subject()):
             path.unlink()

@@ -33,6 +33,7 @@ class Field:
 
 
 FIELDS: tuple[Field, ...] = (
+    Field("seed", int, "seed", form="count", in_cell=False),
     Field("workload", str, "workload"),
     Field("method", str, "method", in_cell=False),
     Field("selection", str, "selection", in_cell=False),
@@ -53,7 +54,6 @@ FIELDS: tuple[Field, ...] = (
     Field("data_id", str, "data", form="hash", in_title=True),
     Field("dtype", str, "dtype", "bf16", in_title=True, choices=("bf16", "fp16", "fp32", "fp64")),
     Field("timing_mode", str, "timing", "auto", choices=("auto", "graph_cold", "launch_cold", "graph_hot")),
-    Field("seed", int, "seed", form="count", in_cell=False),
 )
 FIELD: dict[str, Field] = {field.name: field for field in FIELDS}
 

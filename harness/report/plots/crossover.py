@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from harness.report import wording
 from harness.report.crossover import SHAPE, independent_union
 from harness.report.plots.panels import interval, one_size_each, series_of, with_k
-from harness.report.plots.style import Board, Plot, handle, line_handle, look, subject_of
+from harness.report.plots.style import Board, Plot, Subject, handle, line_handle, look, subject_of
 from harness.report.plots.titles import ratio_note
 from harness.report.summary import lead_series
 from harness.report.tables import Tables
@@ -21,11 +21,12 @@ _WORDS = {"ffn_decode": "one FFN", "generate": "whole model"}
 _CHANCE: dict[str, Any] = {"color": "#777777", "linestyle": (0, (1, 2)), "linewidth": 1.6}
 
 
-def crossover_plot(tables: Tables, caption: str, path: Path) -> Plot | None:
+def crossover_plot(tables: Tables, caption: str, path: Path, of_report: bool = True) -> Plot | None:
     """A panel per decoded shape with two batches or more, and one for the union of channels; None without.
 
     Points and samples may hold the `union_share` curves of trained models; without them the union of
-    independent choices is drawn alone.
+    independent choices is drawn alone. A plot that is not `of_report`, such as one of several folders, has no
+    subject: no report removes it, and no study shows it.
     """
     known = tables.decoded
     several = known.groupby([*SHAPE, "method", "selection"])["batch"].transform("nunique") > 1
@@ -36,7 +37,7 @@ def crossover_plot(tables: Tables, caption: str, path: Path) -> Plot | None:
     panels = [group for _, group in known.groupby(list(SHAPE), sort=False)]
     columns = 2 if len(panels) == 3 else 3  # of one panel more
     titles = [*(_title(panel, panels) for panel in panels), "channels a batch needs"]
-    board = Board(titles, columns=columns, subject=subject_of(known))
+    board = Board(titles, columns=columns, subject=subject_of(known) if of_report else Subject())
     batches = sorted(set(known["batch"]))
     for axes, panel in zip(board.axes, panels, strict=False):
         _speedups(board, axes, panel)

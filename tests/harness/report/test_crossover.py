@@ -174,6 +174,16 @@ def test_the_verb_reads_folders_together(tmp_path: Path) -> None:
     assert (tmp_path / "p.png").exists()
 
 
+def test_a_report_keeps_the_plot_of_several_folders(tmp_path: Path) -> None:
+    """A plot of the verb in the folder of a report's own plots is there after the next report."""
+    folder = stored(tmp_path / "a", *decoding({1: 2.0, 2: 0.9}))
+    write_report(read_results(folder))
+    plot = folder / "plots/crossover.png"
+    assert CliRunner().invoke(app, ["crossover", str(folder), "--plot", str(plot)]).exit_code == 0
+    write_report(read_results(folder))
+    assert plot.exists()
+
+
 def test_the_verb_refuses_what_it_cannot_show(tmp_path: Path) -> None:
     """No rows, nothing to compare, and a plot of two devices are one line each."""
     with pytest.raises(UserError, match="has no rows; give a folder"):

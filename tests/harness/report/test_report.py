@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import harness.report.tables
 from harness.cli import app, main
 from harness.report.build import conclusions, read_results, write_report
-from harness.report.plots.style import Board
+from harness.report.plots.style import Board, Subject
 
 TOPK = "topk:0.1875"
 PLOTS = {
@@ -184,7 +184,8 @@ def test_old_plots_go_and_foreign_files_stay(tmp_path: Path) -> None:
     folder = small(tmp_path, GPU)
     (folder / "plots").mkdir()
     for name in ("no_longer_drawn", "loss_vs_tokens-old_device"):
-        Board([""], columns=1).save(folder / "plots" / f"{name}.png", "old", "caption")
+        board = Board([""], columns=1, subject=Subject(("pretrain",)))
+        board.save(folder / "plots" / f"{name}.png", "old", "caption")
     foreign = {"my_own.png": b"not a picture", "figure.png": _plain_png()}
     for name, content in foreign.items():
         (folder / "plots" / name).write_bytes(content)
