@@ -57,7 +57,8 @@ def train(dataset: TokenDataset, method: str, rule: str | None = None, **options
 def test_clock_counts_device_time_and_no_pause() -> None:
     """Steps of known device work take that long, in order; a pause before a restart is in none of them."""
     loss = torch.ones((), device=CUDA)
-    torch.cuda._sleep(1_000_000_000)  # until the clock of an idle card has risen
+    torch.cuda._sleep(1000)
+    _ = loss * 1  # loads the kernel, which a step would otherwise wait for
     torch.cuda.synchronize()
     clock = StepClock(CUDA)
     clock.restart()
