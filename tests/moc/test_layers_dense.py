@@ -3,24 +3,10 @@
 import copy
 
 import torch
+from layer_data import SHAPE, data, relative
 
-from moc import FfnShape
 from moc.layers.dense import DenseFFN, FusedFFN
 from moc.reference import dense_forward_backward
-
-SHAPE = FfnShape(16, 48)
-
-
-def data(dtype: torch.dtype, tokens: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
-    """x and dy of a small batch."""
-    generator = torch.Generator().manual_seed(1)
-    x, dy = (torch.randn(tokens, SHAPE.d_model, generator=generator).to(dtype) for _ in range(2))
-    return x, dy
-
-
-def relative(found: torch.Tensor, truth: torch.Tensor) -> float:
-    """Relative Frobenius error."""
-    return float((found.double() - truth).norm() / truth.norm())
 
 
 def test_fused_dense_is_dense() -> None:

@@ -2,25 +2,12 @@
 
 import pytest
 import torch
+from layer_data import SHAPE, data, relative
 
-from moc import FfnShape, get_method
+from moc import get_method
 from moc.layers.dense import DenseFFN
 from moc.layers.fp8 import FP8_MAX, Fp8FFN, to_fp8
 from moc.reference import dense_forward_backward
-
-SHAPE = FfnShape(16, 48)
-
-
-def data(dtype: torch.dtype, tokens: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
-    """x and dy of a small batch."""
-    generator = torch.Generator().manual_seed(1)
-    x, dy = (torch.randn(tokens, SHAPE.d_model, generator=generator).to(dtype) for _ in range(2))
-    return x, dy
-
-
-def relative(found: torch.Tensor, truth: torch.Tensor) -> float:
-    """Relative Frobenius error."""
-    return float((found.double() - truth).norm() / truth.norm())
 
 
 def test_fp8_dense_has_the_exact_output_and_gradients_rounded_to_three_bits() -> None:
